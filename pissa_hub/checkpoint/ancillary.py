@@ -1,0 +1,109 @@
+"""The files of a checkpoint that are not its weights: what is carried over, the README, the licence."""
+
+import json
+import os
+import re
+from pathlib import Path, PurePosixPath
+
+from pissa_hub.errors import CheckpointError
+
+PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
+WEIGHT_SUFFIXES: frozenset[str] = PICKLE_SUFFIXES | {
+    ".safetensors",
+    ".h5",
+    ".hdf5",
+    ".keras",
+    ".msgpack",
+    ".npz",
+    ".ot",
+    ".onnx",
+    ".onnx_data",
+    ".gguf",
+    ".ggml",
+    ".tflite",
+    ".mlmodel",
+    ".pb",
+    ".nemo",
+    ".engine",
+}
+
+_INDEX = re.compile(r".*\.(safetensors|bin|h5|msgpack)\.index(\.[^/]*)?\.json", re.IGNORECASE)
+_OTHER_FORMATS = frozenset({"original", "onnx", "openvino", "coreml", "runs", "__pycache__"})
+# transformers would load the adapter that adapter_config.json describes; its weights are not carried.
+_NOT_CARRIED = frozenset({"README.md", "adapter_config.json"})
+_LICENSE = re.compile(r"^license:[ \t]*[\"']?([\w.+-]+)[\"']?[ \t]*$", re.MULTILINE)
+_MAX_README_BYTES = 1 << 20
+_MAX_MODULES_BYTES = 1 << 20
+
+
+def other_files(root: Path) -> tuple[str, ...]:
+    """Relative POSIX names of the regular files to carry over, sorted.
+
+    Left out are weights in every format, their indexes, hidden files, exports to other formats, training
+    leftovers and the README, which is written anew. The safetensors of a sentence-transformers module
+    (``2_Dense/``) are carried.
+
+    Raises:
+        CheckpointError: such a module has pickle weights only; without them the result would not load.
+    """
+    modules = _module_folders(root)
+    carried = []
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = [name for name in subfolders if not _is_skipped_folder(name)]
+        relative = PurePosixPath(Path(folder).relative_to(root).as_posix())
+        weights = WEIGHT_SUFFIXES
+        if relative in modules:
+            _refuse_pickled_module(Path(folder), files)
+            weights = weights - {".safetensors"}
+        for name in files:
+            is_weight = _suffix(name) in weights or _INDEX.fullmatch(name)
+            is_ours = folder == str(root) and name in _NOT_CARRIED
+            if not (is_weight or is_ours or name.startswith(".")) and Path(folder, name).is_file():
+                carried.append((relative / name).as_posix())
+    return tuple(sorted(carried))
+
+
+def read_readme(root: Path) -> str | None:
+    """The first MiB of README.md, or None."""
+    path = root / "README.md"
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return file.read(_MAX_README_BYTES).decode(errors="replace")
+
+
+def declared_license(readme: str | None) -> str | None:
+    """The ``license:`` of a model card's YAML front matter where it is one plain word, else None."""
+    front_matter = re.match(r"---\r?\n(.*?)^---", readme or "", re.DOTALL | re.MULTILINE)
+    found = _LICENSE.search(front_matter[1].replace("\r", "")) if front_matter else None
+    return found[1] if found else None
+
+
+def _module_folders(root: Path) -> set[PurePosixPath]:
+    """The subfolders that a sentence-transformers ``modules.json`` names; empty if there are none."""
+    path = root / "modules.json"
+    if not path.is_file() or path.stat().st_size > _MAX_MODULES_BYTES:
+        return set()
+    try:
+        modules = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return set()
+    if not isinstance(modules, list):
+        return set()
+    paths = (module.get("path") for module in modules if isinstance(module, dict))
+    return {PurePosixPath(path) for path in paths if isinstance(path, str)} - {PurePosixPath()}
+
+
+def _is_skipped_folder(name: str) -> bool:
+    return name.startswith((".", "checkpoint-")) or name in _OTHER_FORMATS
+
+
+def _refuse_pickled_module(folder: Path, files: list[str]) -> None:
+    pickled = [name for name in files if _suffix(name) in PICKLE_SUFFIXES]
+    if pickled and not any(_suffix(name) == ".safetensors" for name in files):
+        fact = f"{folder / pickled[0]} holds a module's weights as pickle"
+        raise CheckpointError(fact, "load the model with sentence-transformers and save it again")
+
+
+def _suffix(name: str) -> str:
+    return Path(name).suffix.lower()

@@ -1,0 +1,232 @@
+"""A folder of safetensors files -> an immutable :class:`Checkpoint`, from headers alone."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pissa_hub.checkpoint.ancillary import (
+    PICKLE_SUFFIXES,
+    declared_license,
+    other_files,
+    read_readme,
+)
+from pissa_hub.checkpoint.header import Header, TensorEntry, read_header
+from pissa_hub.checkpoint.index import INDEX_NAME, check_index, parse_index
+from pissa_hub.checkpoint.reader import reading
+from pissa_hub.checkpoint.strict_json import shown
+from pissa_hub.errors import CheckpointError
+
+SINGLE_NAME = "model.safetensors"
+_ADAPTER_NAME = "adapter_model.safetensors"
+_MAX_INDEX_BYTES = 100_000_000
+_MAX_CONFIG_BYTES = 16 << 20
+_NUMBERED = re.compile(r".*-\d+-of-0*([1-9]\d*)\.safetensors")
+_HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(@\S+)?")
+_CACHE_FOLDER = re.compile(r"models--(.+)")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_DECOMPOSED = ("pissa_manifest.json", "pissa_init", ".pissa")
+_FETCH_AGAIN = "download the checkpoint again"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file: its bare name, where it lies, and its header."""
+
+    name: str
+    path: Path
+    header: Header
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint as it lies on disk.
+
+    Attributes:
+        root: its folder.
+        shards: in name order.
+        index: the parsed ``model.safetensors.index.json``, None for a single file; ``index_bytes`` as stored.
+        config: the parsed ``config.json``, or None.
+        other_files: relative POSIX names of the files to carry over.
+        readme: the first MiB of README.md, or None.
+        repo_id: ``org/name`` where the folder is a snapshot in the Hub's cache; ``revision`` its commit.
+        license: as the README's front matter declares it, or None.
+    """
+
+    root: Path
+    shards: tuple[Shard, ...]
+    index: Mapping[str, Any] | None
+    index_bytes: bytes | None = field(repr=False)
+    config: Mapping[str, Any] | None = field(repr=False)
+    other_files: tuple[str, ...]
+    readme: str | None = field(repr=False)
+    repo_id: str | None
+    revision: str | None
+    license: str | None
+
+    def tensors(self) -> Iterator[tuple[Shard, TensorEntry]]:
+        """Every tensor, shard by shard in name order, within a shard in file order."""
+        for shard in self.shards:
+            for entry in shard.header.entries:
+                yield shard, entry
+
+
+def open_checkpoint(source: str | Path) -> Checkpoint:
+    """Read the headers and configuration of a checkpoint.
+
+    Args:
+        source: a folder, or a ``.safetensors`` file that is a whole checkpoint by itself.
+
+    Raises:
+        CheckpointError: one line that names the file or tensor and the remedy; HeaderError for a bad shard.
+    """
+    path = Path(source)
+    if not path.exists():
+        raise _absent(str(source))
+    root = path if path.is_dir() else path.parent
+    with reading(root):
+        _refuse_foreign(root)
+        index_bytes = _bounded_bytes(root / INDEX_NAME, _MAX_INDEX_BYTES)
+        index = None if index_bytes is None else parse_index(root / INDEX_NAME, index_bytes)
+        if index is None:
+            names = [_single_file(root) if path == root else _given_file(path)]
+        else:
+            names = _indexed_files(path, root, index["weight_map"])
+        shards = tuple(Shard(name, root / name, read_header(root / name)) for name in names)
+        _check_unique(shards)
+        if index is not None:
+            check_index(root / INDEX_NAME, index, {shard.name: shard.header for shard in shards})
+        readme = read_readme(root)
+        repo_id, revision = _cache_location(root)
+        return Checkpoint(
+            root=root,
+            shards=shards,
+            index=index,
+            index_bytes=index_bytes,
+            config=_read_config(root / "config.json"),
+            other_files=other_files(root),
+            readme=readme,
+            repo_id=repo_id,
+            revision=revision,
+            license=declared_license(readme),
+        )
+
+
+def _absent(source: str) -> CheckpointError:
+    hub_id = _HUB_ID.fullmatch(source)
+    if hub_id is None:
+        return CheckpointError(f"{source} does not exist", "give a folder with a safetensors checkpoint")
+    fact = f"no folder {source}, and reading from the Hub is not supported yet"
+    return CheckpointError(fact, f"run `hf download {hub_id[1]} --local-dir FOLDER` first and give FOLDER")
+
+
+def _refuse_foreign(root: Path) -> None:
+    for name in _DECOMPOSED:
+        if (root / name).exists():
+            fact = f"{root} is already decomposed: it holds {name}"
+            raise CheckpointError(fact, "give the original checkpoint")
+    if (root / "adapter_config.json").exists() and not (root / "config.json").exists():
+        raise CheckpointError(f"{root} holds a PEFT adapter, not a model", "give its base model instead")
+
+
+def _single_file(root: Path) -> str:
+    """The one safetensors file of a folder without an index."""
+    files = sorted(path.name for path in root.iterdir() if path.is_file())
+    candidates = [name for name in files if name.endswith(".safetensors") and name != _ADAPTER_NAME]
+    if SINGLE_NAME in candidates:
+        return SINGLE_NAME
+    if len(candidates) == 1:
+        return _given_file(root / candidates[0])
+    if candidates:
+        fact = f"{root} holds {len(candidates)} safetensors files but no {INDEX_NAME}"
+        raise CheckpointError(fact, "download the index too, or give the one file that is the model")
+    pickled = next((name for name in files if Path(name).suffix.lower() in PICKLE_SUFFIXES), None)
+    if pickled is not None:
+        raise _pickled(root / pickled)
+    raise CheckpointError(f"{root} holds no safetensors file", "give the folder that holds model.safetensors")
+
+
+def _given_file(path: Path) -> str:
+    """The name of a file that is to be the whole checkpoint."""
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        raise _pickled(path)
+    if path.suffix != ".safetensors":
+        raise CheckpointError(
+            f"{path} is not a safetensors file", "give a checkpoint's folder or .safetensors file"
+        )
+    numbered = _NUMBERED.fullmatch(path.name)
+    if numbered and int(numbered[1]) > 1:
+        fact = f"{path} is one of {numbered[1]} shards, and there is no {INDEX_NAME} beside it"
+        raise CheckpointError(fact, "download the whole checkpoint")
+    return path.name
+
+
+def _pickled(path: Path) -> CheckpointError:
+    fact = f"{path} is a pickle, which can run code when loaded, and there is no safetensors file beside it"
+    return CheckpointError(
+        fact, "convert it: load the model with transformers and save_pretrained it to a new folder"
+    )
+
+
+def _indexed_files(path: Path, root: Path, weight_map: Mapping[str, str]) -> list[str]:
+    names = sorted(set(weight_map.values()))
+    if path != root and names != [path.name]:
+        raise CheckpointError(
+            f"{path} is not a checkpoint by itself: {INDEX_NAME} lies beside it", f"give {root}"
+        )
+    if names != [SINGLE_NAME] and (root / SINGLE_NAME).exists():
+        # transformers would load the single file, whatever the index says.
+        raise CheckpointError(
+            f"{root} holds both {SINGLE_NAME} and {INDEX_NAME}", "remove the one that is not meant"
+        )
+    for name in names:
+        if not (root / name).is_file():
+            fact = f"{root / name} is missing, though {INDEX_NAME} names it"
+            raise CheckpointError(fact, "download the whole checkpoint")
+    return names
+
+
+def _check_unique(shards: Iterable[Shard]) -> None:
+    holder: dict[str, Shard] = {}
+    for shard in shards:
+        for entry in shard.header.entries:
+            first = holder.setdefault(entry.name, shard)
+            if first is not shard:
+                fact = f"tensor {shown(entry.name)} is in both {first.path} and {shard.name}"
+                raise CheckpointError(fact, _FETCH_AGAIN)
+
+
+def _read_config(path: Path) -> dict[str, Any] | None:
+    data = _bounded_bytes(path, _MAX_CONFIG_BYTES)
+    if data is None:
+        return None
+    try:
+        # As lenient as transformers: published configs hold Infinity.
+        config = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error})", _FETCH_AGAIN) from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} is not a JSON object", _FETCH_AGAIN)
+    return config
+
+
+def _bounded_bytes(path: Path, limit: int) -> bytes | None:
+    """The bytes of a small file, or None if there is none."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise CheckpointError(f"{path} is larger than {limit} bytes", _FETCH_AGAIN)
+    return data
+
+
+def _cache_location(root: Path) -> tuple[str, str] | tuple[None, None]:
+    """Repository and commit of a snapshot folder in the Hub's cache."""
+    commit = root.absolute()
+    cached = _CACHE_FOLDER.fullmatch(commit.parent.parent.name)
+    if cached is None or commit.parent.name != "snapshots" or not _COMMIT.fullmatch(commit.name):
+        return None, None
+    return cached[1].replace("--", "/"), commit.name
