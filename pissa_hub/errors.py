@@ -32,6 +32,10 @@ class TargetError(PissaHubError):
     """The requested target modules, ranks or patterns do not fit the model."""
 
 
+class PlanError(PissaHubError):
+    """An option has a value that cannot be used."""
+
+
 class MatrixError(PissaHubError):
     """A weight cannot be decomposed: non-finite values or an unsupported storage."""
 

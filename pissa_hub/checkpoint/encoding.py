@@ -58,7 +58,5 @@ def _elements(data: memoryview, dtype: str) -> torch.Tensor:
     """The bytes as a flat tensor that shares their memory."""
     # frombuffer refuses an empty buffer.
     return (
-        torch.frombuffer(data, dtype=TORCH_DTYPES[dtype])
-        if data.nbytes
-        else torch.empty(0, dtype=TORCH_DTYPES[dtype])
+        torch.frombuffer(data, dtype=TORCH_DTYPES[dtype]) if data.nbytes else torch.empty(0, dtype=TORCH_DTYPES[dtype])
     )

@@ -139,8 +139,7 @@ def build_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> He
     text += b" " * (-len(text) % _LENGTH_BYTES)
     raw = len(text).to_bytes(_LENGTH_BYTES, "little") + text
     entries = tuple(
-        TensorEntry(spec, len(raw) + start, len(raw) + stop)
-        for spec, (start, stop) in zip(specs, spans, strict=True)
+        TensorEntry(spec, len(raw) + start, len(raw) + stop) for spec, (start, stop) in zip(specs, spans, strict=True)
     )
     file_size = entries[-1].stop if entries else len(raw)
     return Header(entries, dict(metadata), len(raw), file_size, raw)
@@ -178,23 +177,17 @@ def _read_raw(path: Path) -> tuple[bytes, int]:
             if prefix == b"version ":
                 raise HeaderError(f"{path} is a Git LFS pointer, not the weights", "run `git lfs pull` there")
             if len(prefix) < _LENGTH_BYTES:
-                raise HeaderError(
-                    f"{path} is too short for a safetensors file ({file_size} bytes)", _REDOWNLOAD
-                )
+                raise HeaderError(f"{path} is too short for a safetensors file ({file_size} bytes)", _REDOWNLOAD)
             length = int.from_bytes(prefix, "little")
             if length > MAX_HEADER_BYTES:
                 fact = f"{path}: a header of {length} bytes is claimed, the format allows {MAX_HEADER_BYTES}"
                 raise HeaderError(fact, "check that it is a safetensors file, or download it again")
             missing = _LENGTH_BYTES + length - file_size
             if missing > 0:
-                raise HeaderError(
-                    f"{path} is truncated: {missing} bytes of its header are missing", _REDOWNLOAD
-                )
+                raise HeaderError(f"{path} is truncated: {missing} bytes of its header are missing", _REDOWNLOAD)
             return prefix + file.read(length), file_size
     except OSError as error:
-        raise HeaderError(
-            f"{path} cannot be read: {error.strerror}", "check the file and its permissions"
-        ) from error
+        raise HeaderError(f"{path} cannot be read: {error.strerror}", "check the file and its permissions") from error
 
 
 def _checked_metadata(path: Path, metadata: Any) -> dict[str, str]:
@@ -218,9 +211,7 @@ def _entry(path: Path, name: str, fields: Any, data_start: int) -> TensorEntry:
         raise refuse("is not described by exactly dtype, shape and data_offsets")
     dtype, shape, span = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise refuse(
-            f"has the unknown dtype {shown(dtype)}" if isinstance(dtype, str) else "has no dtype name"
-        )
+        raise refuse(f"has the unknown dtype {shown(dtype)}" if isinstance(dtype, str) else "has no dtype name")
     if not _is_naturals(shape) or len(shape) > MAX_DIMS:
         raise refuse(f"has a shape that is not a list of at most {MAX_DIMS} sizes")
     # A zero elsewhere in the shape must not excuse sizes that no library can multiply out.
@@ -230,9 +221,7 @@ def _entry(path: Path, name: str, fields: Any, data_start: int) -> TensorEntry:
         raise refuse("has data_offsets that are not [begin, end]")
     spec = TensorSpec(name, dtype, tuple(shape))
     if spec.numel * DTYPES[dtype] != 8 * (span[1] - span[0]):
-        fact = (
-            f"spans {span[1] - span[0]} bytes, but {dtype} {shape} takes {spec.numel * DTYPES[dtype] / 8:g}"
-        )
+        fact = f"spans {span[1] - span[0]} bytes, but {dtype} {shape} takes {spec.numel * DTYPES[dtype] / 8:g}"
         raise refuse(fact)
     return TensorEntry(spec, data_start + span[0], data_start + span[1])
 

@@ -37,9 +37,7 @@ def parse_index(path: Path, data: bytes) -> dict[str, Any]:
             raise CheckpointError(f"{path} maps tensor {shown(name)} to no file name", _REMEDY)
         # The string itself is judged, not what it resolves to: shards in the Hub's cache are links to blobs.
         if not _SHARD_NAME.fullmatch(file):
-            fact = (
-                f"{path} maps tensor {shown(name)} to {shown(file)}, which is no bare .safetensors file name"
-            )
+            fact = f"{path} maps tensor {shown(name)} to {shown(file)}, which is no bare .safetensors file name"
             raise CheckpointError(fact, "do not use this checkpoint: its index may be hostile")
     return index
 
@@ -58,7 +56,5 @@ def check_index(path: Path, index: Mapping[str, Any], headers: Mapping[str, Head
     for file, header in headers.items():
         for entry in header.entries:
             if entry.name not in weight_map:
-                fact = (
-                    f"{path.parent / file} holds tensor {shown(entry.name)}, which {path.name} does not name"
-                )
+                fact = f"{path.parent / file} holds tensor {shown(entry.name)}, which {path.name} does not name"
                 raise CheckpointError(fact, _REMEDY)

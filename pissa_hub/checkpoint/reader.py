@@ -112,9 +112,7 @@ class ShardReader:
         self.close()
 
     def _changed(self) -> CheckpointError:
-        return CheckpointError(
-            f"{self._path} changed while being read", "leave the source alone and start again"
-        )
+        return CheckpointError(f"{self._path} changed while being read", "leave the source alone and start again")
 
 
 class PoolClosedError(RuntimeError):
@@ -176,9 +174,7 @@ class BufferPool:
         """
         size = max(-(-nbytes // mmap.PAGESIZE), 1) * mmap.PAGESIZE
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._closed or not self._lent or self._lent + size <= self._budget
-            )
+            self._changed.wait_for(lambda: self._closed or not self._lent or self._lent + size <= self._budget)
             if self._closed:
                 raise PoolClosedError("the buffer pool is closed")
             pages = self._reuse(size) or self._allocate(size)

@@ -153,9 +153,7 @@ def _given_file(path: Path) -> str:
     if path.suffix.lower() in PICKLE_SUFFIXES:
         raise _pickled(path)
     if path.suffix != ".safetensors":
-        raise CheckpointError(
-            f"{path} is not a safetensors file", "give a checkpoint's folder or .safetensors file"
-        )
+        raise CheckpointError(f"{path} is not a safetensors file", "give a checkpoint's folder or .safetensors file")
     numbered = _NUMBERED.fullmatch(path.name)
     if numbered and int(numbered[1]) > 1:
         fact = f"{path} is one of {numbered[1]} shards, and there is no {INDEX_NAME} beside it"
@@ -165,22 +163,16 @@ def _given_file(path: Path) -> str:
 
 def _pickled(path: Path) -> CheckpointError:
     fact = f"{path} is a pickle, which can run code when loaded, and there is no safetensors file beside it"
-    return CheckpointError(
-        fact, "convert it: load the model with transformers and save_pretrained it to a new folder"
-    )
+    return CheckpointError(fact, "convert it: load the model with transformers and save_pretrained it to a new folder")
 
 
 def _indexed_files(path: Path, root: Path, weight_map: Mapping[str, str]) -> list[str]:
     names = sorted(set(weight_map.values()))
     if path != root and names != [path.name]:
-        raise CheckpointError(
-            f"{path} is not a checkpoint by itself: {INDEX_NAME} lies beside it", f"give {root}"
-        )
+        raise CheckpointError(f"{path} is not a checkpoint by itself: {INDEX_NAME} lies beside it", f"give {root}")
     if names != [SINGLE_NAME] and (root / SINGLE_NAME).exists():
         # transformers would load the single file, whatever the index says.
-        raise CheckpointError(
-            f"{root} holds both {SINGLE_NAME} and {INDEX_NAME}", "remove the one that is not meant"
-        )
+        raise CheckpointError(f"{root} holds both {SINGLE_NAME} and {INDEX_NAME}", "remove the one that is not meant")
     for name in names:
         if not (root / name).is_file():
             fact = f"{root / name} is missing, though {INDEX_NAME} names it"

@@ -162,9 +162,7 @@ class ShardWriter:
             ValueError: a tensor was not written.
         """
         if self._missing:
-            raise ValueError(
-                f"{len(self._missing)} tensors were not written, {min(self._missing)!r} among them"
-            )
+            raise ValueError(f"{len(self._missing)} tensors were not written, {min(self._missing)!r} among them")
         # The header goes last: until now the file, though full-size, does not parse.
         self._partial.file.seek(0)
         self._partial.write(memoryview(self._header.raw))
@@ -211,9 +209,7 @@ def copy_file_atomic(source: Path, target: Path) -> FileDigest:
         partial.file.seek(0)
         copied = feed(digest, partial.file)
         if copied != size:
-            raise CheckpointError(
-                f"{source} changed while being copied", "leave the source alone and start again"
-            )
+            raise CheckpointError(f"{source} changed while being copied", "leave the source alone and start again")
         partial.commit()
     return FileDigest(size, digest.hexdigest())
 

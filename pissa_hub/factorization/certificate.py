@@ -85,8 +85,15 @@ def residual_bounds(projection: Tensor, residual: Tensor, theta: Tensor, rank: i
     """
     floor = float(theta[rank - 1])
     if mu >= floor:
-        return theta[:rank].clamp_min(mu) + float(torch.linalg.eigvalsh(residual)[-1].clamp_min(0)) ** 0.5
-    return torch.linalg.eigvalsh(projection + residual / (floor - mu)).flip(0)[:rank]
+        weaker: Tensor = theta[:rank].clamp_min(mu) + largest_eigenvalue(residual) ** 0.5
+        return weaker
+    upper: Tensor = torch.linalg.eigvalsh(projection + residual / (floor - mu)).flip(0)[:rank]
+    return upper
+
+
+def largest_eigenvalue(matrix: Tensor) -> float:
+    """Of a positive semidefinite matrix; never below zero."""
+    return max(float(torch.linalg.eigvalsh(matrix)[-1]), 0.0)
 
 
 def relative_loss(values: Tensor, upper: Tensor) -> float:
@@ -116,9 +123,7 @@ class Probe:
     def __init__(self, operator: GramOperator, rows: Tensor, noise: Tensor, workspace: Workspace) -> None:
         self._columns = noise.shape[1]
         self._complement = operator.size - rows.shape[0]
-        self._basis = KrylovBasis(
-            operator, noise, PROBE_STEPS * self._columns, workspace, name="probe", deflation=rows
-        )
+        self._basis = KrylovBasis(operator, noise, PROBE_STEPS * self._columns, workspace, name="probe", deflation=rows)
         self.steps = 0
 
     @property
@@ -133,12 +138,12 @@ class Probe:
         self.steps += 1
         if self._basis.dimension == 0:
             return 0.0
-        largest = float(torch.linalg.eigvalsh(self._basis.projection)[-1].clamp_min(0)) * (1 + ROUNDING)
+        largest = largest_eigenvalue(self._basis.projection) * (1 + ROUNDING)
         # An invariant subspace is the Krylov space of every number of steps.
         steps = self.steps if self._basis.frontier.shape[1] else 10 * PROBE_STEPS
         return largest * inflation(self._columns, steps, self._complement, FAILURE_PROBABILITY / PROBE_STEPS)
 
     def directions(self) -> Tensor:
         """The probe's leading Ritz vectors (n, k): what V lacks most."""
-        vectors = torch.linalg.eigh(self._basis.projection)[1].flip(1)[:, : self._columns]
+        vectors: Tensor = torch.linalg.eigh(self._basis.projection)[1].flip(1)[:, : self._columns]
         return self._basis.rows.t() @ vectors.to(self._basis.rows)

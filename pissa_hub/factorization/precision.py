@@ -27,7 +27,7 @@ def exact_fp32() -> Iterator[None]:
         name = "fp32_precision" if hasattr(cuda, "fp32_precision") else "allow_tf32"
         settings.enter_context(_setting(cuda, name, "ieee" if name == "fp32_precision" else False))
         if _onednn_is_exact():
-            settings.enter_context(_setting(torch.backends.mkldnn.matmul, "fp32_precision", "bf16"))
+            settings.enter_context(_setting(_onednn_matmul(), "fp32_precision", "bf16"))
         yield
 
 
@@ -41,11 +41,16 @@ def _setting(owner: Any, name: str, value: object) -> Iterator[None]:
         setattr(owner, name, before)
 
 
+def _onednn_matmul() -> Any:
+    """PyTorch's settings of oneDNN's matmul; None where PyTorch has no such settings."""
+    return getattr(torch.backends.mkldnn, "matmul", None) if torch.backends.mkldnn.enabled else None
+
+
 @cache
 def _onednn_is_exact() -> bool:
     """Whether oneDNN's "bf16" matmul setting still computes fp32 products in fp32 on this processor."""
-    matmul = getattr(torch.backends.mkldnn, "matmul", None)
-    if matmul is None or not torch.backends.mkldnn.is_available():
+    matmul = _onednn_matmul()
+    if matmul is None:
         return False
     generator = torch.Generator().manual_seed(0)
     left = torch.randn(256, 256, generator=generator)

@@ -123,9 +123,7 @@ def truncated_svd(
             result = _krylov(weight, rank, energy, settings, name, workspace)
     if scale == 1.0:
         return result
-    return TruncatedSVD(
-        result.U, result.s * scale, result.Vt, result.energy, result.certificate, result.products
-    )
+    return TruncatedSVD(result.U, result.s * scale, result.Vt, result.energy, result.certificate, result.products)
 
 
 def _scale_and_energy(weight: Tensor, name: str) -> tuple[float, float]:
@@ -152,14 +150,11 @@ def _dense_pays(weight: Tensor, rank: int, settings: SVDSettings) -> bool:
     return size <= DENSE_SIZE or 4 * rank >= size or settings.tolerance < 2 * ROUNDING
 
 
-def _gaussian(rows: int, columns: int, like: Tensor, seed: int, *key: object) -> Tensor:
-    """Gaussian block (rows, columns) drawn on the CPU from (seed, key) and moved to the device of ``like``."""
-    digest = hashlib.sha256(repr((seed, *key)).encode()).digest()
+def _gaussian(rows: int, columns: int, like: Tensor, *key: object) -> Tensor:
+    """Gaussian block (rows, columns) drawn on the CPU from a key and moved to the device of ``like``."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     return torch.randn(rows, columns, generator=generator).to(like.device)
-
-
-# --- dense ------------------------------------------------------------------------------------------------------------
 
 
 def _dense(weight: Tensor, rank: int, energy: float) -> TruncatedSVD:
@@ -173,12 +168,7 @@ def _dense(weight: Tensor, rank: int, energy: float) -> TruncatedSVD:
     # Backward error of a symmetric eigensolver (LAPACK Users' Guide, section 4.7): a modest multiple of eps ||H||.
     error = 10 * tall.shape[1] * torch.finfo(torch.float64).eps * float(values[-1].clamp_min(0))
     certificate = certify("dense", squares.cpu(), squares.cpu() + error, slack=0.0)
-    return _assemble(
-        left @ rotation, right @ rotation, squares, energy, certificate, is_transposed, products=0
-    )
-
-
-# --- from a subspace --------------------------------------------------------------------------------------------------
+    return _assemble(left @ rotation, right @ rotation, squares, energy, certificate, is_transposed, products=0)
 
 
 @dataclass(frozen=True)
@@ -268,7 +258,7 @@ def _block_size(rank: int, device: torch.device) -> int:
 
 
 def _recent(basis: KrylovBasis, block: int) -> float:
-    """What a probe of several steps will bound mu by, nearly: the last three blocks saw what those before them lacked."""
+    """What a probe will nearly bound mu by: the last three blocks saw what those before them lacked."""
     return float(torch.linalg.eigvalsh(basis.projection[-3 * block :, -3 * block :])[-1])
 
 

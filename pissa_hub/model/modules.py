@@ -92,9 +92,7 @@ def resolve_layout(config: Mapping[str, Any] | None, tensors: Mapping[str, tuple
         return _layout_by_name(tensors, str(error))
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        return _layout_by_name(
-            tensors, f"transformers rejects config.json ({type(error).__name__}: {reason})"
-        )
+        return _layout_by_name(tensors, f"transformers rejects config.json ({type(error).__name__}: {reason})")
     if not modules:
         return _layout_by_name(tensors, f"no tensor has a place in {skeleton.architecture}")
     return ModelLayout(
@@ -103,9 +101,7 @@ def resolve_layout(config: Mapping[str, Any] | None, tensors: Mapping[str, tuple
         auto_class=skeleton.auto_class,
         task_type=skeleton.task_type,
         note=None,
-        all_module_names=tuple(
-            name for name, _ in skeleton.model.named_modules(remove_duplicate=False) if name
-        ),
+        all_module_names=tuple(name for name, _ in skeleton.model.named_modules(remove_duplicate=False) if name),
     )
 
 

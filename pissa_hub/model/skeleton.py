@@ -113,14 +113,8 @@ def _typed_config(config: Mapping[str, Any]) -> Any:
     else:
         config_class = None
     if config_class is None:
-        name = (
-            f"model_type {model_type!r}"
-            if model_type is not None
-            else "config.json without a known model_type"
-        )
-        code = (
-            "is remote code, which is never run" if config.get("auto_map") else "is unknown to transformers"
-        )
+        name = f"model_type {model_type!r}" if model_type is not None else "config.json without a known model_type"
+        code = "is remote code, which is never run" if config.get("auto_map") else "is unknown to transformers"
         raise UnknownModelError(f"{name} {code}")
     return config_class.from_dict(_relevant(config))
 

@@ -96,9 +96,7 @@ def peft_target_modules(layout: ModelLayout, targets: Sequence[Target]) -> list[
     return sorted(endings)
 
 
-def peft_patterns(
-    targets: Sequence[Target], rank: int, alpha: float | None
-) -> tuple[dict[str, int], dict[str, float]]:
+def peft_patterns(targets: Sequence[Target], rank: int, alpha: float | None) -> tuple[dict[str, int], dict[str, float]]:
     """PEFT's ``rank_pattern`` and ``alpha_pattern``: what differs from the config's ``r`` and ``lora_alpha``.
 
     Args:
@@ -117,9 +115,7 @@ def peft_patterns(
     )
 
 
-def _wanted_names(
-    layout: ModelLayout, targets: str | Sequence[str], excluded: frozenset[str]
-) -> frozenset[str]:
+def _wanted_names(layout: ModelLayout, targets: str | Sequence[str], excluded: frozenset[str]) -> frozenset[str]:
     """Names of the modules that ``targets`` asks for; only excluded ones may be undecomposable."""
     linear = [module for module in layout.modules if _is_linear(module)]
     if isinstance(targets, str) and targets.strip().lower() == ALL_LINEAR:

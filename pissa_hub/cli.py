@@ -1,0 +1,200 @@
+"""The command line: parse, call, print."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from pissa_hub import __version__
+from pissa_hub.errors import PissaHubError, PlanError
+
+_DTYPES = ["float32", "bfloat16", "float16"]
+_output_format = click.option(
+    "--format",
+    "output_format",
+    type=click.Choice(["human", "json"]),
+    default="human",
+    show_default=True,
+    help="Print for people, or one JSON object.",
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, package_name="pissa_hub", prog_name="pissa-hub")
+def cli() -> None:
+    """Turn Hugging Face checkpoints into PiSSA-ready ones: streamed, certified, resumable, verified."""
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Entry point of the console scripts; exits 0 done, 1 error, 2 wrong usage, 130 interrupted."""
+    try:
+        cli.main(args=None if arguments is None else list(arguments), prog_name="pissa-hub", standalone_mode=False)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted; run the same command again to carry on", err=True)
+        sys.exit(130)
+    except PissaHubError as error:
+        if os.environ.get("PISSA_HUB_DEBUG"):
+            raise
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    sys.exit(0)
+
+
+def _rank_pattern(values: Sequence[str]) -> dict[str, int]:
+    pattern = {}
+    for value in values:
+        key, separator, rank = value.rpartition("=")
+        if not (separator and key and rank.isdecimal()):
+            raise click.UsageError(f"--rank-pattern takes KEY=RANK, not {value!r}")
+        pattern[key] = int(rank)
+    return pattern
+
+
+@cli.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--rank", default=16, show_default=True, help="Rank r of the adapter.")
+@click.option("--alpha", type=float, help="lora_alpha; by default each weight's rank.")
+@click.option("--rslora", is_flag=True, help="Scale by alpha / sqrt(r) instead of alpha / r.")
+@click.option(
+    "--targets",
+    default="all-linear",
+    show_default=True,
+    metavar="all-linear|NAME,NAME|re:REGEX",
+    help="Which modules to decompose.",
+)
+@click.option("--exclude", default="", metavar="NAME,NAME|re:REGEX", help="Modules to leave out.")
+@click.option("--rank-pattern", multiple=True, metavar="KEY=R", help="Rank of modules that match KEY; repeatable.")
+@click.option("--method", type=click.Choice(["pissa"]), default="pissa", show_default=True)
+@click.option(
+    "--svd",
+    type=click.Choice(["krylov", "full", "randomized"]),
+    default="krylov",
+    show_default=True,
+    help="How singular triplets are computed; krylov goes on until certified.",
+)
+@click.option("--niter", default=4, show_default=True, help="Power iterations of --svd randomized.")
+@click.option("--tolerance", default=1e-5, show_default=True, help="Largest certified loss of energy of --svd krylov.")
+@click.option("--adapter-dtype", type=click.Choice(_DTYPES), default="float32", show_default=True)
+@click.option("--residual-dtype", type=click.Choice(["source", *_DTYPES]), default="source", show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Of the random start blocks.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop; reads headers only.")
+@_output_format
+def decompose(
+    source: Path,
+    output: Path | None,
+    rank_pattern: Sequence[str],
+    rslora: bool,
+    device: str,
+    dry_run: bool,
+    output_format: str,
+    **options: Any,
+) -> None:
+    """Split the checkpoint in SOURCE into a residual base and a PiSSA adapter.
+
+    A run that was interrupted carries on when the same command is given again.
+    """
+    from pissa_hub import report
+    from pissa_hub.hub.card import load_snippet
+    from pissa_hub.pipeline.decompose import free_space, pick_device, plan_decomposition, run
+    from pissa_hub.pipeline.settings import Settings
+    from pissa_hub.progress import Bar
+
+    if output is None and not dry_run:
+        raise click.UsageError("Missing option '-o' / '--output'.")
+    settings = Settings(rank_pattern=_rank_pattern(rank_pattern), use_rslora=rslora, **options)
+    plan = plan_decomposition(source, settings)
+    if plan.layout.note:
+        click.echo(f"note: {plan.layout.note}", err=True)
+    if dry_run or output is None:
+        free = free_space(output or Path())
+        _print(output_format, report.plan_json(plan, free), lambda: report.plan_text(plan, free))
+        return
+    with Bar() as bar:
+        outcome = run(plan, output, pick_device(device), bar)
+
+    def text() -> str:
+        if outcome.was_finished:
+            return f"{output} is finished already: same source, same settings; nothing to do"
+        carried = outcome.carried_over
+        return "\n".join(
+            [
+                *([f"carried on: {carried} of {len(plan.shards)} shards were done"] if carried else []),
+                report.manifest_text(outcome.manifest),
+                "",
+                f"{report.size(plan.input_bytes)} -> {output}: residual "
+                f"{report.size(plan.output_bytes - plan.adapter.file_size)}, "
+                f"adapter {report.size(plan.adapter.file_size)}",
+                "",
+                load_snippet(plan, str(output)),
+            ]
+        )
+
+    result = {
+        "output": str(output),
+        "was_finished": outcome.was_finished,
+        "carried_over": outcome.carried_over,
+        **report.manifest_json(outcome.manifest),
+    }
+    _print(output_format, result, text)
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--source", type=click.Path(path_type=Path), help="The original checkpoint, to compare with.")
+@click.option("--sample", default=4, show_default=True, help="Certificates to recompute from SOURCE; -1 for all.")
+@_output_format
+def verify(folder: Path, source: Path | None, sample: int, output_format: str) -> None:
+    """Check a decomposed FOLDER: every hash, header and config, and with --source every weight."""
+    from pissa_hub import report
+    from pissa_hub.progress import Bar
+    from pissa_hub.verification import verify as run_verify
+
+    with Bar() as bar:
+        findings = run_verify(folder, source, sample=sample, progress=bar)
+    _print(output_format, report.findings_json(findings), lambda: report.findings_text(findings))
+    if not findings.is_sound:
+        sys.exit(1)
+
+
+@cli.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw the singular values.")
+@_output_format
+def inspect(path: Path, plot: Path | None, output_format: str) -> None:
+    """Show what a decomposed folder holds: shapes, ranks, energy and errors per kind of module."""
+    from pissa_hub import report
+    from pissa_hub.manifest import load_manifest
+
+    manifest = load_manifest(path)
+    if plot is not None:
+        try:
+            report.plot_spectra(manifest, plot)
+        except ImportError:
+            raise PlanError("--plot needs matplotlib", "install it with `pip install 'pissa_hub[plot]'`") from None
+    _print(output_format, report.manifest_json(manifest), lambda: report.manifest_text(manifest))
+
+
+@cli.command()
+@click.option("-o", "--output", type=click.Path(path_type=Path), default="demo", show_default=True)
+def demo(output: Path) -> None:
+    """Decompose a real model, all-MiniLM-L6-v2, and compare its embeddings with the original's."""
+    from pissa_hub.demo import run_demo
+
+    run_demo(output, click.echo)
+
+
+def _print(output_format: str, result: dict[str, Any], text: Callable[[], str]) -> None:
+    click.echo(json.dumps(result) if output_format == "json" else text())

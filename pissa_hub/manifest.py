@@ -1,0 +1,154 @@
+"""pissa_manifest.json: what a decomposition was made of, how, how exactly, and every byte of it.
+
+Written last, so that its presence means a finished folder. It holds no time stamps, durations or local paths: the same
+source, settings and machine give the same bytes. ``manifest.schema.json`` beside this file is its JSON Schema.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pissa_hub.checkpoint.writer import FileDigest
+from pissa_hub.errors import ManifestError
+
+MANIFEST_NAME = "pissa_manifest.json"
+FORMAT = "pissa-hub-manifest"
+VERSION = 1
+_MAX_BYTES = 256 << 20
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class CertificateRecord:
+    """See ``factorization.certificate.Certificate``."""
+
+    kind: str
+    energy_loss: float
+    sigma_error: float | None
+    failure_probability: float
+
+
+@dataclass(frozen=True)
+class ReconstructionRecord:
+    """Deviation of residual + s B A from W, both as stored; see ``factorization.methods.Deviation``."""
+
+    max_abs: float
+    relative_frobenius: float
+
+
+@dataclass(frozen=True)
+class WeightRecord:
+    """One decomposed weight.
+
+    Attributes:
+        tensor, module: its name in the checkpoint and in memory.
+        shape: [out, in], as PEFT sees it.
+        is_transposed: whether it is stored as (in, out), as GPT-2's Conv1D is.
+        source_dtype: safetensors dtype it was stored in.
+        rank: r.
+        alpha: lora_alpha.
+        singular_values: the r leading ones, descending.
+        energy: captured share of ||W||_F^2.
+    """
+
+    tensor: str
+    module: str
+    shape: tuple[int, int]
+    is_transposed: bool
+    source_dtype: str
+    rank: int
+    alpha: float
+    singular_values: tuple[float, ...]
+    energy: float
+    certificate: CertificateRecord
+    reconstruction: ReconstructionRecord
+
+
+@dataclass(frozen=True)
+class SourceRecord:
+    """Where the weights came from: identity on the Hub, if known, and the digest of every shard."""
+
+    repo_id: str | None
+    revision: str | None
+    license: str | None
+    files: Mapping[str, FileDigest]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole file. ``files`` has every file of the folder but the manifest itself."""
+
+    tool: Mapping[str, str]
+    source: SourceRecord
+    settings: Mapping[str, Any]
+    weights: tuple[WeightRecord, ...]
+    files: Mapping[str, FileDigest]
+    environment: Mapping[str, Any]
+
+    def to_bytes(self) -> bytes:
+        table = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        return (json.dumps(table, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Read the manifest of a decomposed folder.
+
+    Raises:
+        ManifestError: there is none, or it is not one of this version.
+    """
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise ManifestError(f"{folder} has no {MANIFEST_NAME}", "give a folder that decompose has finished")
+    if path.stat().st_size > _MAX_BYTES:
+        raise ManifestError(f"{path} is larger than {_MAX_BYTES} bytes", "download or decompose it again")
+    try:
+        table = json.loads(path.read_bytes())
+        found = table["format"], table["version"]
+        if found != (FORMAT, VERSION):
+            raise ManifestError(f"{path} is {found[0]} version {found[1]}", "use a newer pissa_hub")
+        return Manifest(
+            tool=dict(table["tool"]),
+            source=_source(table["source"]),
+            settings=dict(table["settings"]),
+            weights=tuple(weight_record(weight) for weight in table["weights"]),
+            files=_digests(table["files"]),
+            environment=dict(table["environment"]),
+        )
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ManifestError(
+            f"{path} is malformed ({type(error).__name__}: {error})", "download or decompose it again"
+        ) from None
+
+
+def weight_record(table: Mapping[str, Any]) -> WeightRecord:
+    """A record from its JSON form. Raises KeyError, TypeError or ValueError."""
+    plain = dict(table)
+    return WeightRecord(
+        **{
+            **plain,
+            "shape": (int(plain["shape"][0]), int(plain["shape"][1])),
+            "singular_values": tuple(float(value) for value in plain["singular_values"]),
+            "certificate": _record(CertificateRecord, plain["certificate"]),
+            "reconstruction": _record(ReconstructionRecord, plain["reconstruction"]),
+        }
+    )
+
+
+def _record(kind: type[_T], table: Mapping[str, Any]) -> _T:
+    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]  # every kind is a dataclass
+    if set(table) != names:
+        raise ValueError(f"{kind.__name__} has {sorted(table)}, not {sorted(names)}")
+    return kind(**table)
+
+
+def _source(table: Mapping[str, Any]) -> SourceRecord:
+    return SourceRecord(table["repo_id"], table["revision"], table["license"], _digests(table["files"]))
+
+
+def _digests(table: Mapping[str, Any]) -> dict[str, FileDigest]:
+    return {str(name): _record(FileDigest, digest) for name, digest in table.items()}

@@ -1,0 +1,127 @@
+"""Two ways to put a stage of the stream on a thread of its own; errors surface where the values do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
+from queue import Empty, Full, Queue
+from threading import Event, Thread
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+_WAIT_SECONDS = 0.1
+
+
+class _StoppedError(Exception):
+    """The other side is gone."""
+
+
+class _Channel(Generic[T]):
+    """A bounded queue whose two ends can give up."""
+
+    def __init__(self, size: int) -> None:
+        self._queue: Queue[T] = Queue(size)
+        self.stopped = Event()
+
+    def put(self, item: T) -> None:
+        while not self.stopped.is_set():
+            try:
+                return self._queue.put(item, timeout=_WAIT_SECONDS)
+            except Full:
+                continue
+        raise _StoppedError
+
+    def get(self) -> T:
+        while True:
+            try:
+                return self._queue.get(timeout=_WAIT_SECONDS)
+            except Empty:
+                if self.stopped.is_set():
+                    raise _StoppedError from None
+
+
+class Prefetch(Generic[T]):
+    """Runs a generator ahead of its consumer.
+
+    Args:
+        items: closed on its own thread when the consumer leaves early.
+        size: most items in between; their memory is for the generator to bound.
+    """
+
+    def __init__(self, items: Generator[T, None, None], size: int = 256) -> None:
+        self._channel: _Channel[tuple[T] | BaseException | None] = _Channel(size)
+        self._items = items
+        self._thread = Thread(target=self._run, name="reader", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[T]:
+        while (item := self._channel.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item[0]
+
+    def close(self) -> None:
+        """Stop the generator and wait for its thread."""
+        self._channel.stopped.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            try:
+                for item in self._items:
+                    self._channel.put((item,))
+                self._channel.put(None)
+            finally:
+                self._items.close()
+        except _StoppedError:
+            pass
+        except BaseException as error:
+            if not self._channel.stopped.is_set():
+                self._channel.put(error)
+
+
+class Sink(Generic[T]):
+    """Calls ``consume`` on a thread of its own for every item put, in order."""
+
+    def __init__(self, consume: Callable[[T], None], size: int = 64) -> None:
+        self._channel: _Channel[tuple[T] | None] = _Channel(size)
+        self._consume = consume
+        self._error: BaseException | None = None
+        self._thread = Thread(target=self._run, name="writer", daemon=True)
+        self._thread.start()
+
+    def put(self, item: T) -> None:
+        """Hand over an item; raises what ``consume`` raised on an earlier one."""
+        try:
+            self._channel.put((item,))
+        except _StoppedError:
+            self.close()
+            raise RuntimeError("put into a closed sink") from None
+
+    def finish(self) -> None:
+        """Wait until every item is consumed; raises what ``consume`` raised."""
+        if self._error is None:
+            with suppress(_StoppedError):
+                self._channel.put(None)
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        """Drop what is not yet consumed and wait for the item in hand."""
+        self._channel.stopped.set()
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            while (item := self._channel.get()) is not None:
+                self._consume(item[0])
+                if self._channel.stopped.is_set():
+                    return
+        except _StoppedError:
+            pass
+        except BaseException as error:
+            self._error = error
+            self._channel.stopped.set()

@@ -1,0 +1,45 @@
+"""The progress bar: bytes of the source, with the weight in hand."""
+
+from __future__ import annotations
+
+import sys
+from threading import Lock
+
+from huggingface_hub.utils import are_progress_bars_disabled
+from tqdm import tqdm
+
+
+class Bar:
+    """A bar on stderr; silent where stderr is no terminal or the Hub's bars are switched off."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._bar: tqdm[None] = tqdm(
+            total=0,
+            unit="B",
+            unit_scale=True,
+            dynamic_ncols=True,
+            file=sys.stderr,
+            disable=are_progress_bars_disabled() or not sys.stderr.isatty(),
+            bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {postfix}",
+        )
+
+    def expect(self, nbytes: int) -> None:
+        """More bytes to come."""
+        with self._lock:
+            self._bar.total += nbytes
+            self._bar.refresh()
+
+    def working_on(self, weight: str) -> None:
+        with self._lock:
+            self._bar.set_postfix_str(weight, refresh=False)
+
+    def advance(self, nbytes: int) -> None:
+        with self._lock:
+            self._bar.update(nbytes)
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
