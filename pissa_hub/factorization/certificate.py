@@ -15,7 +15,8 @@ columns with one direction follows a Beta distribution, so that with probability
     mu <= ritz * cosh^2(z / (2k - 1)),    cosh(z)^b = Gamma((b + N)/2) / (Gamma(b/2 + 1) Gamma(N/2) p)
 
 Where the energy left outside V is itself small, it bounds every lambda_i without any probability:
-lambda_i <= theta_i + (||W||_F^2 - sum theta).
+lambda_i <= theta_i + (||W||_F^2 - sum theta), and as sum_{i>r} lambda_i >= sum_{i>r} theta_i, the sum of the leading r
+is no farther above that of their theta_i.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from pissa_hub.factorization.workspace import Workspace
 
 FAILURE_PROBABILITY = 1e-9
 PROBE_COLUMNS = 16
-PROBE_STEPS = 10
+PROBE_STEPS = 16
 _EPS = torch.finfo(torch.float32).eps
 # fp32 rounding of the factors, of ||W||_F^2 and of the products that measure the captured energy.
 ROUNDING = 8 * _EPS
@@ -48,7 +49,7 @@ class Certificate:
         kind: where the bound comes from: ``dense`` (float64 eigendecomposition, backward error), ``energy`` (the energy
             outside the subspace), ``probe`` (random probe of the complement; holds but for ``failure_probability``).
         energy_loss: at least 1 - captured / (sigma_1^2 + ... + sigma_r^2).
-        sigma_error: at least |s_i - sigma_i| / s_i for every returned s_i above 1e-6 s_1, the resolution of fp32.
+        sigma_error: at least |s_i - sigma_i| / s_i for every returned s_i above 1e-6 s_1; lower ones can be noise.
         failure_probability: probability that the bounds do not hold, over the seed.
     """
 
@@ -59,23 +60,41 @@ class Certificate:
 
 
 def certify(
-    kind: Kind, values: Tensor, upper: Tensor, failure_probability: float = 0.0, slack: float = ROUNDING
+    kind: Kind,
+    values: Tensor,
+    upper: Tensor,
+    failure_probability: float = 0.0,
+    slack: float = ROUNDING,
+    best: float | None = None,
 ) -> Certificate:
-    """Certificate from the squares of the returned singular values (r,) and upper bounds of the true ones (r,)."""
+    """Certificate from the squares of the returned singular values and upper bounds of the true ones, both (r,).
+
+    Args:
+        kind: how ``upper`` was found.
+        values: s_i^2.
+        upper: of sigma_i^2.
+        failure_probability: of ``upper``.
+        slack: rounding of the factors relative to all of their energy: of sigma_1^2, for every sigma_i^2.
+        best: upper bound of the sum of sigma_i^2 where one is known that is lower than the sum of ``upper``.
+    """
     upper = torch.maximum(upper, values)
-    loss = relative_loss(values, upper) + slack
+    best = max(float(values.sum()), float(upper.sum()) if best is None else best)
+    loss = 1 - float(values.sum()) / best + slack if best > 0 else 0.0
+    if not float(upper[0]) > 0:
+        return Certificate(kind, loss, 0.0, failure_probability)
     visible = values > 1e-12 * values[0]
-    ratios = (upper[visible] / values[visible]).sqrt() - 1
-    sigma_error = float(ratios.max()) + slack if ratios.numel() else 0.0
-    if not bool((upper[~visible] <= 1e-10 * upper[0]).all()):
-        sigma_error = float("inf")
+    ratios = (upper[visible] + slack * upper[0]) / values[visible]
+    sigma_error = float(ratios.max()) ** 0.5 - 1 + slack if ratios.numel() else float("inf")
     return Certificate(kind, min(loss, 1.0), sigma_error, failure_probability)
 
 
-def energy_bounds(theta: Tensor, rank: int, total_energy: float) -> Tensor:
-    """Upper bounds (rank,) of lambda_i(H) from trace(H) = total_energy alone; theta (d,) descending, d >= rank."""
-    outside = max(total_energy - float(theta.sum()), 0.0) + ROUNDING * total_energy
-    return theta[:rank] + outside
+def energy_outside(theta: Tensor, total_energy: float) -> float:
+    """trace(H) less the Ritz values theta (d,), plus rounding: what any lambda_i or their sum can exceed theirs by.
+
+    Ritz values above the trace show how far rounding has moved them, so that counts as well: sums of equal terms, as
+    of a constant matrix, round all in one direction.
+    """
+    return abs(total_energy - float(theta.sum())) + ROUNDING * total_energy
 
 
 def residual_bounds(projection: Tensor, residual: Tensor, theta: Tensor, rank: int, mu: float) -> Tensor:

@@ -2,10 +2,11 @@
 
 The basis keeps one relation, up to rounding, whatever is added to it::
 
-    H V = V T + F C^T        V (n, d) orthonormal, T = V^T H V (d, d), F (n, f) orthonormal and orthogonal to V
+    H V = V T + F C^T + D    V (n, d) orthonormal, T = V^T H V (d, d), F (n, f) orthonormal and orthogonal to V
 
-V is what has been multiplied by H, F (the frontier) is what comes next, and C (d, f) couples the two. Everything a
-certificate needs (Ritz values, residuals of Ritz vectors) follows from T and C alone, without another product.
+V is what has been multiplied by H, F (the frontier) is what comes next, C (d, f) couples the two and D is what was
+dropped as noise, of which D^T D is kept block by block. Everything a certificate needs (Ritz values, residuals of Ritz
+vectors) follows from T, C and D^T D alone, without another product.
 
 Sources: Golub and Underwood, "The block Lanczos method" (1977); Musco and Musco, arXiv 1504.05477 (block Krylov
 against subspace iteration); Stathopoulos and Wu, SIAM J. Sci. Comput. 23 (2002) 2165 (SVQB orthonormalisation).
@@ -18,8 +19,9 @@ from torch import Tensor
 
 from pissa_hub.factorization.workspace import Workspace
 
-# Directions of a block shorter than this multiple of the block H produced are rounding noise.
-NOISE = 32 * torch.finfo(torch.float32).eps
+# Directions of a block shorter than this multiple of the block H produced are rounding noise. They are dropped, but
+# what is dropped stays in the residual: beside a far larger singular value, noise can be all there is of the next ones.
+NOISE = torch.finfo(torch.float32).eps
 
 
 class GramOperator:
@@ -76,6 +78,7 @@ class KrylovBasis:
         self._rows = workspace.take(name, (self.capacity, operator.size), start)
         self._projection = torch.zeros((self.capacity, self.capacity), dtype=torch.float64)
         self._coupling = torch.zeros((0, 0), dtype=torch.float64)
+        self._dropped: list[tuple[int, Tensor]] = []
         self.inject(start)
 
     @property
@@ -96,7 +99,7 @@ class KrylovBasis:
     def inject(self, block: Tensor) -> None:
         """Add directions that H did not produce (n, b) to the frontier, as far as they are new."""
         present = [rows for rows in (self._deflation, self.rows, self.frontier.t()) if rows is not None]
-        fresh, _, _ = _orthonormalise(present, block, noise=NOISE * float(block.norm()))
+        fresh, _, _, _ = _orthonormalise(present, block, noise=NOISE * float(block.norm()))
         self.frontier = torch.cat([self.frontier, fresh], dim=1)
         coupling = torch.zeros((self.dimension, self.frontier.shape[1]), dtype=torch.float64)
         coupling[:, : self._coupling.shape[1]] = self._coupling
@@ -110,7 +113,9 @@ class KrylovBasis:
         image = self.operator.apply(self.frontier)
         noise = NOISE * float(image.norm())
         present = [self.rows] if self._deflation is None else [self.rows, self._deflation]
-        self.frontier, factor, coefficients = _orthonormalise(present, image, noise)
+        self.frontier, factor, coefficients, dropped = _orthonormalise(present, image, noise)
+        if bool(dropped.any()):
+            self._dropped.append((old, dropped))
         self._projection[:new, old:new] = coefficients
         self._projection[old:new, :new] = coefficients.t()
         self._coupling = torch.zeros((new, factor.shape[0]), dtype=torch.float64)
@@ -118,18 +123,26 @@ class KrylovBasis:
 
     @property
     def residual(self) -> Tensor:
-        """R^T R (d, d) of R = H V - V T = F C^T, fp64, on the CPU."""
-        return self._coupling @ self._coupling.t()
+        """R^T R (d, d) of R = H V - V T = F C^T + D, or more than that, fp64, on the CPU.
+
+        The overlaps of what k blocks dropped are not known, so (x_0 + ... + x_k)^2 <= (k + 1) (x_0^2 + ... + x_k^2).
+        """
+        total = self._coupling @ self._coupling.t()
+        for at, dropped in self._dropped:
+            total[at : at + len(dropped), at : at + len(dropped)] += dropped
+        return total * (1 + len(self._dropped))
 
 
-def _orthonormalise(present: list[Tensor], block: Tensor, noise: float) -> tuple[Tensor, Tensor, Tensor]:
-    """block (n, b) = P^T K + Q B with P the rows present, Q (n, k) orthonormal and orthogonal to P.
+def _orthonormalise(present: list[Tensor], block: Tensor, noise: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """block (n, b) = P^T K + Q B + D with P the rows present, Q (n, k) orthonormal and orthogonal to P.
 
     Each of two passes projects P out and orthonormalises by the eigenvectors of the Gram matrix (SVQB), which drops
-    directions shorter than ``noise`` without a pivoting order. Returns Q, B (k, b) and K of the first member of P.
+    directions shorter than ``noise`` without a pivoting order. Returns Q, B (k, b), K of the first member of P and
+    D^T D (b, b) of what was dropped.
     """
     factor = torch.eye(block.shape[1], dtype=torch.float64)
     coefficients = torch.zeros((present[0].shape[0], block.shape[1]), dtype=torch.float64)
+    dropped = torch.zeros_like(factor)
     for _ in range(2):
         for position, rows in enumerate(present):
             along = rows @ block
@@ -138,11 +151,13 @@ def _orthonormalise(present: list[Tensor], block: Tensor, noise: float) -> tuple
                 coefficients += along.to("cpu", torch.float64) @ factor
         values, vectors = torch.linalg.eigh(gram(block).cpu())
         keep = values > noise**2
+        short = values[~keep].clamp_min(0).sqrt()[:, None] * (vectors[:, ~keep].t() @ factor)
+        dropped += short.t() @ short
         lengths, vectors = values[keep].sqrt(), vectors[:, keep]
         block = block @ (vectors / lengths).to(block)
         factor = (vectors * lengths).t() @ factor
         noise = 0.5  # a unit direction that shrank to less than half in the second pass lay within P
-    return block, factor, coefficients
+    return block, factor, coefficients, dropped
 
 
 def gram(block: Tensor) -> Tensor:

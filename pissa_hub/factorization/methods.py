@@ -68,7 +68,7 @@ def subtract(weight: Tensor, factors: Factors, out: Tensor, *, name: str, worksp
         workspace: buffers to reuse.
 
     Raises:
-        MatrixError: the base does not fit the range of its dtype.
+        MatrixError: the base or the factors do not fit the range of their dtype.
     """
     meter = _Meter(weight.device)
     with exact_fp32():
@@ -80,6 +80,11 @@ def subtract(weight: Tensor, factors: Factors, out: Tensor, *, name: str, worksp
             meter.add(low_rank.add_(stored).sub_(exact), exact)
     deviation = meter.deviation()
     if not deviation.max_abs < float("inf"):
+        if not all(bool(torch.isfinite(factor).all()) for factor in (factors.left, factors.right)):
+            raise MatrixError(
+                f"the factors of {name} do not fit the range of {factors.left.dtype}",
+                "choose a wider --adapter-dtype or another --alpha",
+            )
         raise MatrixError(
             f"the residual of {name} does not fit the range of {out.dtype}",
             "choose a wider --residual-dtype",
@@ -114,9 +119,9 @@ class _Meter:
 
 
 def energy_of(block: Tensor) -> Tensor:
-    """Sum of squares, fp64, row by row: one fp32 sum of millions of squares loses three digits."""
-    norms: Tensor = torch.linalg.vector_norm(block, dim=1)
-    return norms.double().square().sum()
+    """Sum of squares, fp64: in fp32 a sum of millions loses three digits, and squares below 1e-45 vanish."""
+    norms: Tensor = torch.linalg.vector_norm(block, dim=1, dtype=torch.float64)
+    return norms.square().sum()
 
 
 def _low_rank_chunks(factors: Factors, weight: Tensor, workspace: Workspace) -> Iterator[tuple[slice, Tensor]]:

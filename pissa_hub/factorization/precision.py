@@ -26,8 +26,10 @@ def exact_fp32() -> Iterator[None]:
         cuda = torch.backends.cuda.matmul
         name = "fp32_precision" if hasattr(cuda, "fp32_precision") else "allow_tf32"
         settings.enter_context(_setting(cuda, name, "ieee" if name == "fp32_precision" else False))
-        if _onednn_is_exact():
-            settings.enter_context(_setting(_onednn_matmul(), "fp32_precision", "bf16"))
+        onednn = _onednn_matmul()
+        if onednn is not None:
+            fastest = "bf16" if _onednn_is_exact() else "ieee"
+            settings.enter_context(_setting(onednn, "fp32_precision", fastest))
         yield
 
 

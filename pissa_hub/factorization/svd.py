@@ -22,10 +22,9 @@ from pissa_hub.factorization.certificate import (
     PROBE_COLUMNS,
     ROUNDING,
     Certificate,
-    Kind,
     Probe,
     certify,
-    energy_bounds,
+    energy_outside,
     relative_loss,
     residual_bounds,
 )
@@ -37,6 +36,10 @@ Method = Literal["krylov", "full", "randomized"]
 
 # Up to this size a float64 eigendecomposition takes no longer than a basis with its probe.
 DENSE_SIZE = 512
+# No certificate is tight while mu is above this share of theta_r.
+USEFUL_MU = 0.86
+# What a probe's bound is above the estimate of mu; corrected when a probe tells.
+EXPECTED_EXCESS = 1.04
 # Halko et al. (2011), section 4: ten extra columns.
 OVERSAMPLING = 10
 
@@ -138,8 +141,10 @@ def _scale_and_energy(weight: Tensor, name: str) -> tuple[float, float]:
             "repair the checkpoint or leave the module out with --exclude",
         )
     scale = 1.0
-    if largest and not 1e-9 < largest < 1e9:
-        scale = 2.0 ** torch.frexp(torch.tensor(largest, dtype=torch.float64)).exponent.item()
+    # H is squared once more in the residual, and summed; the scale and its reciprocal must be normal fp32 numbers.
+    if largest and not 1e-4 < largest < 1e4:
+        exponent = int(torch.frexp(torch.tensor(largest, dtype=torch.float64)).exponent)
+        scale = 2.0 ** min(max(exponent, -126), 126)
     # Row by row: a single fp32 sum of millions of squares is off by 1e-3.
     norms = torch.linalg.vector_norm(weight / scale if scale != 1.0 else weight, dim=1)
     return scale, float((norms.double() ** 2).sum())
@@ -206,7 +211,8 @@ def _krylov(
     key = (settings.seed, name, tuple(weight.shape))
     block = _block_size(rank, weight.device)
     basis = KrylovBasis(operator, _gaussian(size, block, weight, *key, "start"), size // 2, workspace)
-    check, probed, mu, floor = 2 * rank + 2 * block, 0, float("inf"), 0.0
+    check, mu, excess = 2 * rank + 2 * block, float("inf"), EXPECTED_EXCESS
+    floor = _Floor(rank)
     before: tuple[int, float] | None = None
     products = 0
     while basis.can_expand:
@@ -218,29 +224,29 @@ def _krylov(
             continue
         if basis.dimension < check and not stalled:
             continue
+        check = basis.dimension + block
         space = _Subspace(operator, basis.rows, basis.projection, basis.residual)
-        if floor == 0.0 or stalled:
-            theta = torch.linalg.eigvalsh(basis.projection.float()).flip(0).double()
-            floor = float(theta[rank - 1])
-            if relative_loss(theta[:rank], energy_bounds(theta, rank, energy)) <= target:
-                return _extract(space, rank, energy, None, products)
-        estimate = _recent(basis, block)
-        if estimate > floor and not stalled:
-            check += block
+        estimate = excess * _recent(basis, block)
+        if floor.is_stale(basis.dimension, estimate) or stalled:
+            theta = floor.refresh(basis.projection)
+            if energy_outside(theta, energy) <= target * float(theta[:rank].sum()):
+                result = _extract(space, rank, energy, None, products)
+                if result.certificate.energy_loss <= settings.tolerance:
+                    return result
+        if estimate > USEFUL_MU * floor.value and not stalled:
             continue
         loss = space.loss(rank, min(mu, estimate))
-        if stalled or (loss <= target and estimate < mu and basis.dimension >= 1.2 * probed):
-            probed = basis.dimension
-            noise = _gaussian(size, PROBE_COLUMNS, weight, *key, "probe", probed)
+        if stalled or (loss <= target and estimate < mu):
+            noise = _gaussian(size, PROBE_COLUMNS, weight, *key, "probe", basis.dimension)
             probe = Probe(operator, basis.rows, noise, workspace)
             while not probe.exhausted and mu > estimate:
                 products += 2 * PROBE_COLUMNS
                 mu = min(mu, probe.step())
-            loss = space.loss(rank, mu)
-            if loss > target and (stalled or mu > 0.98 * floor):
+            if mu > estimate:
+                loss = space.loss(rank, mu)
+                excess *= mu / estimate if 0 < mu / max(estimate, 1e-300) < 2 else 1.0
+            if loss > target and (stalled or mu > 0.98 * floor.value):
                 basis.inject(probe.directions())
-        elif loss <= target and mu > estimate:
-            loss = space.loss(rank, mu)
         if loss <= target:
             result = _extract(space, rank, energy, mu, products)
             if result.certificate.energy_loss <= settings.tolerance:
@@ -248,6 +254,24 @@ def _krylov(
         check = basis.dimension + block * _blocks_to_go(before, (basis.dimension, loss), target, block)
         before = (basis.dimension, loss)
     return _dense(weight, rank, energy)
+
+
+class _Floor:
+    """theta_r, which grows towards lambda_r; looked up only when the answer could have changed."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._dimension = 0
+        self.value = 0.0
+
+    def is_stale(self, dimension: int, estimate: float) -> bool:
+        return self._dimension == 0 or (dimension >= 1.2 * self._dimension and estimate <= 1.1 * self.value)
+
+    def refresh(self, projection: Tensor) -> Tensor:
+        """The Ritz values (d,), descending."""
+        theta: Tensor = torch.linalg.eigvalsh(projection.float()).flip(0).double().clamp_min(0)
+        self._dimension, self.value = projection.shape[0], float(theta[self._rank - 1])
+        return theta
 
 
 def _block_size(rank: int, device: torch.device) -> int:
@@ -267,7 +291,7 @@ def _blocks_to_go(before: tuple[int, float] | None, now: tuple[int, float], targ
     if before is None or not target < now[1] < before[1] < 1:
         return 1
     rate = log(before[1] / now[1]) / (now[0] - before[0])
-    return min(max(ceil(log(now[1] / target) / rate / block), 1), 6)
+    return min(max(ceil(log(now[1] / target) / rate / block), 1), 2)
 
 
 def _full(
@@ -331,15 +355,19 @@ def _extract(space: _Subspace, rank: int, energy: float, mu: float | None, produ
         mu: bound of H on the complement of V; None bounds by the energy outside V instead.
     """
     theta, coefficients = _descending_eigh(space.projection)
-    upper = energy_bounds(theta, rank, energy) if mu is None else space.bounds(theta, rank, mu)
+    outside = energy_outside(theta, energy)
+    upper = theta[:rank] + outside if mu is None else space.bounds(theta, rank, mu)
     right = space.rows.t() @ coefficients[:, :rank].to(space.rows)
     values, vectors = torch.linalg.eigh(gram(right))
     right = right @ ((vectors / values.sqrt()) @ vectors.t()).float()
     left = space.operator.image(right)
     squares, rotation = _descending_eigh(gram(left))
-    upper = upper + (squares.cpu() - theta[:rank]).abs()
-    kind: Kind = "energy" if mu is None else "probe"
-    certificate = certify(kind, squares.cpu(), upper, FAILURE_PROBABILITY if mu is not None else 0.0)
+    drift = (squares.cpu() - theta[:rank]).abs()
+    if mu is None:
+        best = float((theta[:rank] + drift).sum()) + outside
+        certificate = certify("energy", squares.cpu(), upper + drift, best=best)
+    else:
+        certificate = certify("probe", squares.cpu(), upper + drift, FAILURE_PROBABILITY)
     left, right = left @ rotation.float(), right @ rotation.float()
     return _assemble(left, right, squares, energy, certificate, space.operator.is_transposed, products + rank)
 
@@ -355,7 +383,9 @@ def _assemble(
 ) -> TruncatedSVD:
     """Triplets of W from M X = left (rows, r), with orthogonal columns, and X = right (n, r)."""
     s = squares.clamp_min(0).sqrt()
-    left = torch.where(s > 0, left / s, 0.0)
+    # By its own length, not by s: where s is lost in rounding, the two differ by any factor.
+    lengths = torch.linalg.vector_norm(left, dim=0, dtype=torch.float64)
+    left = torch.where(lengths > 0, left / lengths, 0.0)
     U, V = (right, left) if is_transposed else (left, right)
     signs = torch.gather(V, 0, V.abs().argmax(dim=0, keepdim=True)).sign()
     signs = torch.where(signs == 0, 1.0, signs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,9 @@ from pissa_hub.manifest import MANIFEST_NAME, Manifest, load_manifest
 from pissa_hub.model.modules import resolve_layout
 from pissa_hub.pipeline.finish import CARD_NAME, finish
 from pissa_hub.pipeline.plan import ADAPTER_FOLDER, ADAPTER_NAME, Plan, make_plan
-from pissa_hub.pipeline.receipts import WORK_FOLDER, WorkFolder
+from pissa_hub.pipeline.receipts import WorkFolder
 from pissa_hub.pipeline.settings import Settings
-from pissa_hub.pipeline.stream import Progress, Silent, stream
+from pissa_hub.pipeline.stream import Progress, Silent, stream, worker_count
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def run(plan: Plan, output: Path, device: torch.device, progress: Progress | Non
     if finished is not None:
         return Outcome(plan, finished, was_finished=True, carried_over=0)
     was_absent = not output.exists()
-    found = (work.receipt(shard.name) for shard in plan.shards) if work.exists else ()
+    found = (work.receipt(shard.source) for shard in plan.shards) if work.exists else ()
     receipts = {receipt.shard: receipt for receipt in found if receipt}
     held = frozenset(receipts)
     _check_space(output, plan.disk_bytes(held))
@@ -92,7 +93,8 @@ def run(plan: Plan, output: Path, device: torch.device, progress: Progress | Non
     progress.expect(plan.input_bytes)
     progress.advance(sum(shard.source.header.file_size for shard in plan.shards if shard.name in held))
     try:
-        written = stream(pending, output, work, plan.settings, device, progress)
+        workers = worker_count(plan.weights, device)
+        written = stream(pending, output, work, plan.settings, device, workers, progress)
     except (MatrixError, CheckpointError):
         _remove_output(plan, output, was_absent)
         raise
@@ -143,6 +145,7 @@ def _finished(plan: Plan, output: Path, work: WorkFolder) -> Manifest | None:
                 f"{output} holds another decomposition, of other weights or settings",
                 "choose another folder or remove it",
             )
+        _check_whole(output, manifest)
         work.remove()
         return manifest
     if work.exists:
@@ -158,6 +161,14 @@ def _finished(plan: Plan, output: Path, work: WorkFolder) -> Manifest | None:
     return None
 
 
+def _check_whole(output: Path, manifest: Manifest) -> None:
+    """Raises OutputError if a file of a finished folder is gone or of another size."""
+    for name, digest in manifest.files.items():
+        path = output / name
+        if not path.is_file() or path.stat().st_size != digest.size:
+            raise OutputError(f"{output} was finished, but {name} is damaged or gone", "remove the folder and start again")
+
+
 def _is_of(plan: Plan, manifest: Manifest) -> bool:
     """Whether a finished folder came from this plan and these very weights, by their hashes."""
     planned = [
@@ -166,8 +177,10 @@ def _is_of(plan: Plan, manifest: Manifest) -> bool:
     ]
     found = [(weight.tensor, weight.module, weight.rank, weight.alpha) for weight in manifest.weights]
     sizes = {shard.name: shard.source.header.file_size for shard in plan.shards}
+    configs = {name: hashlib.sha256(data).hexdigest() for name, data in plan.generated.items()}
     same = (
         manifest.settings == plan.settings.as_dict()
+        and configs == {name: digest.sha256 for name, digest in manifest.files.items() if name in configs}
         and planned == found
         and sizes == {name: digest.size for name, digest in manifest.source.files.items()}
     )
@@ -187,9 +200,8 @@ def _check_space(output: Path, needed: int) -> None:
 
 def _remove_partials(output: Path) -> None:
     """What a killed run was writing when it stopped."""
-    for folder in (output, output / ADAPTER_FOLDER, output / WORK_FOLDER):
-        for path in folder.glob("*.partial"):
-            path.unlink(missing_ok=True)
+    for path in output.rglob("*.partial"):
+        path.unlink(missing_ok=True)
 
 
 def _remove_output(plan: Plan, output: Path, was_absent: bool) -> None:

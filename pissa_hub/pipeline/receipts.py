@@ -1,7 +1,7 @@
 """What an unfinished run leaves in ``.pissa/``: the plan it follows and a receipt for every finished shard.
 
-The files on disk are the truth. A receipt counts only if it is of this plan and every file that it vouches for is
-there with the bytes that it names, so a torn or foreign one costs a shard's work and nothing else.
+The files on disk are the truth. A receipt counts only if it is of this plan and every file that it vouches for, the
+source's shard too, is there with the bytes that it names: a torn or foreign one costs a shard's work and nothing else.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pissa_hub.checkpoint.reader import sha256_file
+from pissa_hub.checkpoint.source import Shard
 from pissa_hub.checkpoint.writer import FileDigest, write_file_atomic
 from pissa_hub.errors import CheckpointError, ManifestError
 from pissa_hub.manifest import WeightRecord, weight_record
@@ -78,21 +79,23 @@ class WorkFolder:
         table = {"plan": self._digest, **asdict(receipt)}
         write_file_atomic(self._receipt_path(receipt.shard), json.dumps(table).encode())
 
-    def receipt(self, shard: str) -> Receipt | None:
-        """The shard's receipt, if it and the files that it vouches for are sound."""
+    def receipt(self, shard: Shard) -> Receipt | None:
+        """The shard's receipt, if it and the files that it vouches for are sound and the source is still the same."""
         try:
-            table = json.loads(self._receipt_path(shard).read_bytes())
-            if table["plan"] != self._digest or table["shard"] != shard:
+            table = json.loads(self._receipt_path(shard.name).read_bytes())
+            if table["plan"] != self._digest or table["shard"] != shard.name:
                 return None
             receipt = Receipt(
-                shard,
+                shard.name,
                 FileDigest(**table["source"]),
                 FileDigest(**table["output"]),
                 FileDigest(**table["adapter"]) if table["adapter"] else None,
                 tuple(weight_record(weight) for weight in table["weights"]),
             )
-            held = _is(self._output / shard, receipt.output) and (
-                receipt.adapter is None or _is(self.adapter_part(shard), receipt.adapter)
+            held = (
+                _is(self._output / shard.name, receipt.output)
+                and (receipt.adapter is None or _is(self.adapter_part(shard.name), receipt.adapter))
+                and _is(shard.path, receipt.source)
             )
             return receipt if held else None
         except (OSError, ValueError, KeyError, TypeError, ManifestError):

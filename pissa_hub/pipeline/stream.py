@@ -2,14 +2,17 @@
 
 The reader runs ahead and the writer behind within one budget of bytes, so memory does not grow with the model. Tensors
 pass in file order, which lets both ends hash whole files on the way; the base's bytes replace a weight's own in the
-buffer that they were read into.
+buffer that they were read into. On a CPU several weights are in hand at once, each with its share of the threads:
+small eigenproblems and narrow products use one core far better than they use many.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,16 +24,21 @@ from pissa_hub.checkpoint.header import TORCH_DTYPES, TensorEntry
 from pissa_hub.checkpoint.reader import Buffer, BufferPool, ShardReader
 from pissa_hub.checkpoint.writer import FileDigest, ShardWriter
 from pissa_hub.factorization.methods import Factors, pissa_factors, subtract
+from pissa_hub.factorization.precision import exact_fp32
 from pissa_hub.factorization.svd import truncated_svd
 from pissa_hub.factorization.workspace import Workspace
 from pissa_hub.manifest import CertificateRecord, ReconstructionRecord, WeightRecord
 from pissa_hub.pipeline.plan import ShardPlan, WeightPlan
 from pissa_hub.pipeline.receipts import Receipt, WorkFolder
 from pissa_hub.pipeline.settings import Settings
-from pissa_hub.pipeline.threads import Prefetch, Sink
+from pissa_hub.pipeline.threads import Prefetch, Sink, Team
 
 # Bytes in flight between the threads; a larger tensor passes alone.
 BUFFER_BUDGET = 192 << 20
+# Bytes that the matrices of all workers may take; a larger matrix has a single worker.
+WORKSPACE_BUDGET = 512 << 20
+# fp32 copies of a weight that its decomposition holds: itself, its transpose, basis and products.
+_COPIES = 4
 
 
 class Progress(Protocol):
@@ -93,12 +101,16 @@ class _Decomposed:
     record: WeightRecord
 
 
+_Written = _Write | _Decomposed | _ShardEnd
+
+
 def stream(
     shards: Iterable[ShardPlan],
     output: Path,
     work: WorkFolder,
     settings: Settings,
     device: torch.device,
+    workers: int,
     progress: Progress,
 ) -> list[Receipt]:
     """Decompose shards into ``output``; the receipt of each is left in ``work`` and returned.
@@ -111,25 +123,46 @@ def stream(
     pool = BufferPool(BUFFER_BUDGET)
     with ExitStack() as cleanup:
         writers = cleanup.enter_context(_Writers(output, work, progress))
-        sink: Sink[_Write | _Decomposed | _ShardEnd] = Sink(writers.consume)
+        sink: Sink[_Written] = Sink(writers.consume)
         cleanup.callback(_quietly, sink.close)
-        source = Prefetch(_read(shards, pool))
-        cleanup.callback(source.close)
+        cleanup.enter_context(exact_fp32())
+        team = cleanup.enter_context(Team(workers, lambda: _Decomposer(settings, device, progress)))
+        # The reader hands out the work, so that results are taken even while it waits for buffers.
+        results = Prefetch(_hand_out(_read(shards, pool), team))
+        cleanup.callback(results.close)
         cleanup.callback(pool.close)
-        decomposer = _Decomposer(settings, device)
-        for item in source:
-            if isinstance(item, _ShardEnd):
+        for result in results:
+            for item in result.result():
                 sink.put(item)
-                continue
-            weight = item.shard.weights.get(item.entry.name)
-            if weight is None:
-                sink.put(_Write(item.shard, item.entry.name, item.buffer.view, item.buffer.release))
-                continue
-            progress.working_on(weight.target.module.name)
-            for result in decomposer.decompose(item, weight):
-                sink.put(result)
         sink.finish()
         return writers.receipts
+
+
+def worker_count(weights: Iterable[WeightPlan], device: torch.device) -> int:
+    """How many weights to have in hand at once: one on a GPU, else what threads and memory allow.
+
+    Follows from the plan and the number of threads alone: each worker's share of the threads decides the last bits.
+    """
+    if device.type != "cpu":
+        return 1
+    largest = max((weight.stored.numel for weight in weights), default=0)
+    return max(min(torch.get_num_threads(), WORKSPACE_BUDGET // max(_COPIES * 4 * largest, 1)), 1)
+
+
+def _hand_out(
+    items: Iterable[_Read | _ShardEnd], team: Team[_Decomposer]
+) -> Generator[Future[Sequence[_Written]], None, None]:
+    """The results to come, in file order."""
+    for item in items:
+        if isinstance(item, _Read) and item.entry.name in item.shard.weights:
+            yield team.submit(partial(_Decomposer.decompose, item=item))
+        else:
+            done: Future[Sequence[_Written]] = Future()
+            if isinstance(item, _Read):
+                done.set_result([_Write(item.shard, item.entry.name, item.buffer.view, item.buffer.release)])
+            else:
+                done.set_result([item])
+            yield done
 
 
 def _quietly(close: Callable[[], None]) -> None:
@@ -152,13 +185,16 @@ def _read(shards: Iterable[ShardPlan], pool: BufferPool) -> Generator[_Read | _S
 class _Decomposer:
     """The arithmetic on one device, with buffers that it keeps from weight to weight."""
 
-    def __init__(self, settings: Settings, device: torch.device) -> None:
+    def __init__(self, settings: Settings, device: torch.device, progress: Progress) -> None:
         self._settings = settings
+        self._progress = progress
         self._workspace = Workspace()
         self._anchor = torch.empty(0, device=device)
 
-    def decompose(self, item: _Read, weight: WeightPlan) -> tuple[_Decomposed, _Write]:
+    def decompose(self, item: _Read) -> Sequence[_Written]:
+        weight = item.shard.weights[item.entry.name]
         stored, settings = weight.stored, self._settings
+        self._progress.working_on(weight.target.module.name)
         matrix = self._workspace.take("weight", stored.shape, self._anchor)
         decode(stored, item.buffer.view, matrix)
         svd = truncated_svd(

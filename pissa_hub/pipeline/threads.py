@@ -1,14 +1,18 @@
-"""Two ways to put a stage of the stream on a thread of its own; errors surface where the values do."""
+"""Stages of the stream on threads of their own: ahead, behind, or side by side; errors surface where the values do."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from queue import Empty, Full, Queue
+from queue import Empty, Full, Queue, SimpleQueue
 from threading import Event, Thread
 from typing import Generic, TypeVar
 
+import torch
+
 T = TypeVar("T")
+R = TypeVar("R")
 _WAIT_SECONDS = 0.1
 
 
@@ -125,3 +129,41 @@ class Sink(Generic[T]):
         except BaseException as error:
             self._error = error
             self._channel.stopped.set()
+
+
+class Team(Generic[T]):
+    """Workers that do jobs side by side.
+
+    While it exists, PyTorch's threads are shared out among the workers; afterwards they are as before.
+
+    Args:
+        size: number of workers.
+        equip: makes what a worker keeps from job to job.
+    """
+
+    def __init__(self, size: int, equip: Callable[[], T]) -> None:
+        self._threads_before = torch.get_num_threads()
+        self._idle: SimpleQueue[T] = SimpleQueue()
+        for _ in range(size):
+            self._idle.put(equip())
+        # The number of threads is a setting of the calling thread, too.
+        share = max(self._threads_before // size, 1)
+        self._pool = ThreadPoolExecutor(size, "worker", initializer=torch.set_num_threads, initargs=(share,))
+
+    def __enter__(self) -> Team[T]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(self._threads_before)
+
+    def submit(self, job: Callable[[T], R]) -> Future[R]:
+        """The job's result to come."""
+        return self._pool.submit(self._do, job)
+
+    def _do(self, job: Callable[[T], R]) -> R:
+        equipment = self._idle.get()
+        try:
+            return job(equipment)
+        finally:
+            self._idle.put(equipment)
