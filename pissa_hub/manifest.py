@@ -90,9 +90,19 @@ class Manifest:
     files: Mapping[str, FileDigest]
     environment: Mapping[str, Any]
 
+    def scaling(self, weight: WeightRecord) -> float:
+        """s of W = W_res + s B A."""
+        return weight.alpha / (weight.rank**0.5 if self.settings["use_rslora"] else weight.rank)
+
     def to_bytes(self) -> bytes:
         table = {"format": FORMAT, "version": VERSION, **asdict(self)}
         return (json.dumps(table, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def lora_names(module: str) -> tuple[str, str]:
+    """Names of a module's A and B in PEFT's adapter file."""
+    prefix = f"base_model.model.{module}"
+    return f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"
 
 
 def load_manifest(folder: Path) -> Manifest:

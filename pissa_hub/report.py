@@ -12,7 +12,7 @@ from typing import Any
 
 from pissa_hub.manifest import Manifest, WeightRecord
 from pissa_hub.pipeline.plan import Plan
-from pissa_hub.verification import Findings
+from pissa_hub.comparison import Findings
 
 _LAYER = re.compile(r"\.\d+(?=\.|$)")
 

@@ -362,7 +362,8 @@ def _extract(space: _Subspace, rank: int, energy: float, mu: float | None, produ
     right = right @ ((vectors / values.sqrt()) @ vectors.t()).float()
     left = space.operator.image(right)
     squares, rotation = _descending_eigh(gram(left))
-    drift = (squares.cpu() - theta[:rank]).abs()
+    # Twice: the bounds may be too low by it, and the squares too high.
+    drift = 2 * (squares.cpu() - theta[:rank]).abs()
     if mu is None:
         best = float((theta[:rank] + drift).sum()) + outside
         certificate = certify("energy", squares.cpu(), upper + drift, best=best)

@@ -166,7 +166,9 @@ def _check_whole(output: Path, manifest: Manifest) -> None:
     for name, digest in manifest.files.items():
         path = output / name
         if not path.is_file() or path.stat().st_size != digest.size:
-            raise OutputError(f"{output} was finished, but {name} is damaged or gone", "remove the folder and start again")
+            raise OutputError(
+                f"{output} was finished, but {name} is damaged or gone", "remove the folder and start again"
+            )
 
 
 def _is_of(plan: Plan, manifest: Manifest) -> bool:

@@ -18,6 +18,7 @@ from pissa_hub.checkpoint.encoding import require_plain
 from pissa_hub.checkpoint.header import Header, TensorSpec, build_header, canonical
 from pissa_hub.checkpoint.index import INDEX_NAME
 from pissa_hub.checkpoint.source import Checkpoint, Shard
+from pissa_hub.manifest import lora_names
 from pissa_hub.model.modules import ModelLayout
 from pissa_hub.model.targets import Target, peft_patterns, peft_target_modules, select_targets
 from pissa_hub.pipeline.settings import ADAPTER_DTYPES, SOURCE_DTYPE, Settings
@@ -188,14 +189,14 @@ def _plan_shard(shard: Shard, by_tensor: Mapping[str, Target], settings: Setting
 def _plan_weight(stored: TensorSpec, target: Target, settings: Settings) -> WeightPlan:
     require_plain(stored)
     dtype = ADAPTER_DTYPES[settings.adapter_dtype]
-    prefix = f"base_model.model.{target.module.name}"
+    name_A, name_B = lora_names(target.module.name)
     residual = settings.residual_dtype
     return WeightPlan(
         target=target,
         stored=stored,
         residual_dtype=stored.dtype if residual == SOURCE_DTYPE else ADAPTER_DTYPES[residual],
-        lora_A=TensorSpec(f"{prefix}.lora_A.weight", dtype, (target.rank, target.in_features)),
-        lora_B=TensorSpec(f"{prefix}.lora_B.weight", dtype, (target.out_features, target.rank)),
+        lora_A=TensorSpec(name_A, dtype, (target.rank, target.in_features)),
+        lora_B=TensorSpec(name_B, dtype, (target.out_features, target.rank)),
         scaling=settings.scaling(target.rank, target.alpha),
     )
 

@@ -35,6 +35,8 @@ from pissa_hub.pipeline.threads import Prefetch, Sink, Team
 
 # Bytes in flight between the threads; a larger tensor passes alone.
 BUFFER_BUDGET = 192 << 20
+# Tensors between two threads: few, because the factors of a weight are not counted in the budget.
+_QUEUED = 4
 # Bytes that the matrices of all workers may take; a larger matrix has a single worker.
 WORKSPACE_BUDGET = 512 << 20
 # fp32 copies of a weight that its decomposition holds: itself, its transpose, basis and products.
@@ -123,12 +125,12 @@ def stream(
     pool = BufferPool(BUFFER_BUDGET)
     with ExitStack() as cleanup:
         writers = cleanup.enter_context(_Writers(output, work, progress))
-        sink: Sink[_Written] = Sink(writers.consume)
+        sink: Sink[_Written] = Sink(writers.consume, _QUEUED)
         cleanup.callback(_quietly, sink.close)
         cleanup.enter_context(exact_fp32())
         team = cleanup.enter_context(Team(workers, lambda: _Decomposer(settings, device, progress)))
         # The reader hands out the work, so that results are taken even while it waits for buffers.
-        results = Prefetch(_hand_out(_read(shards, pool), team))
+        results = Prefetch(_hand_out(_read(shards, pool), team), 2 * workers + _QUEUED)
         cleanup.callback(results.close)
         cleanup.callback(pool.close)
         for result in results:

@@ -49,10 +49,10 @@ class Prefetch(Generic[T]):
 
     Args:
         items: closed on its own thread when the consumer leaves early.
-        size: most items in between; their memory is for the generator to bound.
+        size: most items in between.
     """
 
-    def __init__(self, items: Generator[T, None, None], size: int = 256) -> None:
+    def __init__(self, items: Generator[T, None, None], size: int) -> None:
         self._channel: _Channel[tuple[T] | BaseException | None] = _Channel(size)
         self._items = items
         self._thread = Thread(target=self._run, name="reader", daemon=True)
@@ -87,7 +87,7 @@ class Prefetch(Generic[T]):
 class Sink(Generic[T]):
     """Calls ``consume`` on a thread of its own for every item put, in order."""
 
-    def __init__(self, consume: Callable[[T], None], size: int = 64) -> None:
+    def __init__(self, consume: Callable[[T], None], size: int) -> None:
         self._channel: _Channel[tuple[T] | None] = _Channel(size)
         self._consume = consume
         self._error: BaseException | None = None

@@ -58,9 +58,7 @@ def test_plain_dtypes() -> None:
 
 
 def test_quantised_storage_is_refused_by_name() -> None:
-    with pytest.raises(
-        MatrixError, match=r"tensor 'layer\.w' is stored as F8_E4M3: quantised storage .*; exclude"
-    ):
+    with pytest.raises(MatrixError, match=r"tensor 'layer\.w' is stored as F8_E4M3: quantised storage .*; exclude"):
         decode(TensorSpec("layer.w", "F8_E4M3", (1,)), memoryview(bytearray(1)), torch.empty(1))
 
 

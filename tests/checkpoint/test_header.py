@@ -84,9 +84,7 @@ def test_golden_empty() -> None:
 
 
 def test_bytes_are_those_of_save_file(tmp_path: Path) -> None:
-    tensors = {
-        f"{name}.{n}": torch.zeros(n, 2).to(dtype) for name, dtype in TORCH_DTYPES.items() for n in (2, 1)
-    }
+    tensors = {f"{name}.{n}": torch.zeros(n, 2).to(dtype) for name, dtype in TORCH_DTYPES.items() for n in (2, 1)}
     tensors |= {'quoted "name"\\': torch.zeros(()), "empty": torch.zeros(0, 5), "ünïcode": torch.ones(3)}
     path = tmp_path / "model.safetensors"
     save_file(tensors, path, metadata={"format": "pt\n"})
@@ -276,17 +274,10 @@ def test_random_bytes_only_raise_header_error(tmp_path_factory: pytest.TempPathF
 
 
 JSON_VALUES = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text(max_size=5)
-    | st.sampled_from(list(DTYPES)),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(list(DTYPES)),
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from(["dtype", "shape", "data_offsets", "__metadata__", "a"]), inner, max_size=4
-        )
+        | st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets", "__metadata__", "a"]), inner, max_size=4)
     ),
     max_leaves=12,
 )
@@ -298,9 +289,7 @@ def test_random_tables_only_raise_header_error(
     tmp_path_factory: pytest.TempPathFactory, table: dict[str, object]
 ) -> None:
     text = json.dumps(table).encode()
-    survives(
-        tmp_path_factory.getbasetemp() / "table.safetensors", struct.pack("<Q", len(text)) + text + bytes(4)
-    )
+    survives(tmp_path_factory.getbasetemp() / "table.safetensors", struct.pack("<Q", len(text)) + text + bytes(4))
 
 
 @settings(max_examples=150, deadline=None)

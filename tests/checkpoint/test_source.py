@@ -136,9 +136,7 @@ def test_snapshot_in_the_hub_cache(tmp_path: Path, sharded: Path) -> None:
 
 
 def test_readme_and_license(single: Path) -> None:
-    text = (
-        "---\r\nlanguage: en\r\nlicense: 'apache-2.0'\r\ntags:\r\n- x\r\n---\r\n# Model\r\nlicense: mit\r\n"
-    )
+    text = "---\r\nlanguage: en\r\nlicense: 'apache-2.0'\r\ntags:\r\n- x\r\n---\r\n# Model\r\nlicense: mit\r\n"
     (single / "README.md").write_bytes(text.encode())
     checkpoint = open_checkpoint(single)
     assert checkpoint.readme == text
@@ -268,9 +266,7 @@ def test_no_weights_at_all(tmp_path: Path) -> None:
     assert "config.json is not a safetensors file" in refusal(tmp_path / "config.json")
 
 
-@pytest.mark.parametrize(
-    "name", ["pissa_manifest.json", "pissa_init/adapter_config.json", ".pissa/plan.json"]
-)
+@pytest.mark.parametrize("name", ["pissa_manifest.json", "pissa_init/adapter_config.json", ".pissa/plan.json"])
 def test_already_decomposed(single: Path, name: str) -> None:
     fill(single, **{name: "{}"})
     assert f"is already decomposed: it holds {name.split('/')[0]}; give the original" in refusal(single)

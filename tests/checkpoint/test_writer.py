@@ -54,9 +54,7 @@ def tensors() -> dict[str, memoryview]:
 
 @pytest.fixture
 def header(tensors: dict[str, memoryview]) -> Header:
-    return build_header(
-        [TensorSpec(name, "F32", data.shape) for name, data in tensors.items()], {"format": "pt"}
-    )
+    return build_header([TensorSpec(name, "F32", data.shape) for name, data in tensors.items()], {"format": "pt"})
 
 
 def test_bytes_are_those_of_save_file(
@@ -65,9 +63,7 @@ def test_bytes_are_those_of_save_file(
     monkeypatch.setattr(writer, "_WRITE_BYTES", 1000)
     monkeypatch.setattr(writer, "_WRITE_BACK_BYTES", 5000)
     expected = tmp_path / "expected.safetensors"
-    save_file(
-        {name: torch.from_numpy(data.obj) for name, data in tensors.items()}, expected, {"format": "pt"}
-    )
+    save_file({name: torch.from_numpy(data.obj) for name, data in tensors.items()}, expected, {"format": "pt"})
     target = tmp_path / "model.safetensors"
     names = list(tensors)
     if shuffled:
@@ -98,9 +94,7 @@ def test_an_unfinished_file_is_full_size_and_does_not_parse(
     assert names_in(tmp_path) == []
 
 
-def test_two_writers_of_one_target_do_not_meet(
-    tmp_path: Path, header: Header, tensors: dict[str, memoryview]
-) -> None:
+def test_two_writers_of_one_target_do_not_meet(tmp_path: Path, header: Header, tensors: dict[str, memoryview]) -> None:
     target = tmp_path / "model.safetensors"
     with ShardWriter(target, header) as first, ShardWriter(target, header) as second:
         for name, data in tensors.items():
@@ -128,9 +122,7 @@ def test_commit_needs_every_tensor(tmp_path: Path, header: Header, tensors: dict
     assert names_in(tmp_path) == []
 
 
-def test_only_the_tensors_of_the_header(
-    tmp_path: Path, header: Header, tensors: dict[str, memoryview]
-) -> None:
+def test_only_the_tensors_of_the_header(tmp_path: Path, header: Header, tensors: dict[str, memoryview]) -> None:
     with ShardWriter(tmp_path / "model.safetensors", header) as shard:
         with pytest.raises(KeyError):
             shard.write("c", tensors["a"])
@@ -142,9 +134,7 @@ def test_only_the_tensors_of_the_header(
 
 
 @posix_only
-def test_modes_follow_the_umask(
-    tmp_path: Path, header: Header, tensors: dict[str, memoryview], umask: int
-) -> None:
+def test_modes_follow_the_umask(tmp_path: Path, header: Header, tensors: dict[str, memoryview], umask: int) -> None:
     with ShardWriter(tmp_path / "shard", header) as shard:
         for name, data in tensors.items():
             shard.write(name, data)
@@ -212,9 +202,7 @@ def test_short_writes_are_carried_on(
 
 
 def test_missing_folder(tmp_path: Path, header: Header) -> None:
-    with pytest.raises(
-        OutputError, match=r"model\.safetensors cannot be written: No such file.*; check the folder"
-    ):
+    with pytest.raises(OutputError, match=r"model\.safetensors cannot be written: No such file.*; check the folder"):
         ShardWriter(tmp_path / "absent" / "model.safetensors", header)
 
 
@@ -241,9 +229,7 @@ def test_long_files_are_written_back_early(
 
 
 @linux_only
-def test_files_and_folder_are_synced_around_the_rename(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_and_folder_are_synced_around_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events = []
     fsync, replace = os.fsync, Path.replace
 
@@ -262,9 +248,7 @@ def test_files_and_folder_are_synced_around_the_rename(
 
 
 @linux_only
-def test_copies_are_reflinks_where_the_file_system_can(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_copies_are_reflinks_where_the_file_system_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import fcntl
 
     def clone(target: int, request: int, source: int) -> int:

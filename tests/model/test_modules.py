@@ -66,9 +66,7 @@ def test_dense_model_is_mapped_as_transformers_and_peft_see_it(architecture, tmp
     # Only for sequence classification does PEFT know the head; elsewhere it would adapt the head too.
     task_type = "SEQ_CLS" if "ForSequenceClassification" in architecture else None
     chosen = {target.module.name for target in select_targets(layout, rank=1)}
-    peft_model = get_peft_model(
-        model, lora_config(architecture, target_modules="all-linear", task_type=task_type)
-    )
+    peft_model = get_peft_model(model, lora_config(architecture, target_modules="all-linear", task_type=task_type))
     peft_choice = set(peft_model.targeted_module_names)
     assert chosen == {name for name in peft_choice if not HEADS.fullmatch(name)}
     assert peft_choice - chosen <= {module.name for module in layout.modules if module.is_output_head}
@@ -85,9 +83,7 @@ def test_adapter_by_our_names_loads_with_peft(architecture, tmp_path):
         adapter[f"{prefix}.lora_A.weight"] = torch.randn(1, target.in_features)
         adapter[f"{prefix}.lora_B.weight"] = torch.randn(target.out_features, 1)
     folder = tmp_path / "init"
-    config = lora_config(
-        architecture, target_modules=peft_target_modules(layout, targets), task_type=layout.task_type
-    )
+    config = lora_config(architecture, target_modules=peft_target_modules(layout, targets), task_type=layout.task_type)
     config.save_pretrained(folder)
     save_file(adapter, folder / "adapter_model.safetensors")
 
@@ -198,9 +194,7 @@ def test_base_weights_under_another_head(stored_as, loaded_as, tensor, name, tmp
 
 def test_old_bert_names_are_mapped_or_left_out(tmp_path):
     saved = save(tiny_model("BertForMaskedLM"), tmp_path)
-    old = {
-        re.sub(r"LayerNorm\.weight$", "LayerNorm.gamma", name): shape for name, shape in saved.tensors.items()
-    }
+    old = {re.sub(r"LayerNorm\.weight$", "LayerNorm.gamma", name): shape for name, shape in saved.tensors.items()}
     layout = resolve_layout(saved.config, {**old, "cls.seq_relationship.weight": (2, 16)})
     assert module(layout, "bert.embeddings.LayerNorm").tensor == "bert.embeddings.LayerNorm.gamma"
     assert "cls.seq_relationship.weight" not in {module.tensor for module in layout.modules}
@@ -216,9 +210,7 @@ def test_old_vit_names_are_mapped_to_those_in_memory(tmp_path):
     assert found.name in {module.name for module in layout.modules}
 
 
-@pytest.mark.parametrize(
-    "architecture", ["MixtralForCausalLM", "Qwen3MoeForCausalLM", "DeepseekV3ForCausalLM"]
-)
+@pytest.mark.parametrize("architecture", ["MixtralForCausalLM", "Qwen3MoeForCausalLM", "DeepseekV3ForCausalLM"])
 def test_fused_experts_and_routers_are_out_of_reach(architecture, tmp_path):
     model = tiny_model(architecture)
     saved = save(model, tmp_path)
@@ -241,9 +233,7 @@ def test_fused_experts_and_routers_are_out_of_reach(architecture, tmp_path):
 def test_out_projection_of_torch_attention_is_out_of_reach(tmp_path):
     """torch.nn.MultiheadAttention reads its out_proj.weight directly: a LoRA layer there has no effect."""
     layout = layout_of(save(tiny_model("LlavaForConditionalGeneration"), tmp_path))
-    out_projections = {
-        module.name: module.kind for module in layout.modules if module.name.endswith("out_proj")
-    }
+    out_projections = {module.name: module.kind for module in layout.modules if module.name.endswith("out_proj")}
     assert {kind for name, kind in out_projections.items() if ".head." in name} == {"other"}
     assert {kind for name, kind in out_projections.items() if ".layers." in name} == {"linear"}
 

@@ -15,9 +15,7 @@ pytestmark = JUDGES_OWN_WARNINGS
 LEAVES = ("q_proj", "v_proj")
 
 
-def layout(
-    *modules: WeightModule, task_type: str | None = None, unstored: tuple[str, ...] = ()
-) -> ModelLayout:
+def layout(*modules: WeightModule, task_type: str | None = None, unstored: tuple[str, ...] = ()) -> ModelLayout:
     names = tuple(module.name for module in modules)
     return ModelLayout(modules, "X", "AutoModel", task_type, None, (*names, *unstored))
 
@@ -31,9 +29,7 @@ CONV = WeightModule("patch.weight", "patch", "other", (8, 3, 2, 2), what="Conv2d
 HEAD = WeightModule("lm_head.weight", "lm_head", "linear", (48, 8), is_output_head=True, what="Linear")
 TIED_HEAD = WeightModule("lm_head.weight", "lm_head", "linear", (48, 8), True, ("embed",), "Linear")
 TIED_EMBEDDING = WeightModule("embed.weight", "embed", "embedding", (48, 8), False, ("lm_head",), "Embedding")
-BLOCKS = tuple(
-    linear(f"h.{layer}.{part}") for layer in (0, 1) for part in ("attn.q_proj", "attn.v_proj", "mlp.up")
-)
+BLOCKS = tuple(linear(f"h.{layer}.{part}") for layer in (0, 1) for part in ("attn.q_proj", "attn.v_proj", "mlp.up"))
 MODEL = layout(EMBEDDING, *BLOCKS, CONV, HEAD)
 
 
@@ -51,9 +47,7 @@ def test_orientation_is_pefts():
 class TestSelection:
     def test_all_linear_leaves_out_head_embedding_and_convolution(self):
         assert names(select_targets(MODEL, rank=2)) == [module.name for module in BLOCKS]
-        assert names(select_targets(MODEL, targets="All-Linear", rank=2)) == [
-            module.name for module in BLOCKS
-        ]
+        assert names(select_targets(MODEL, targets="All-Linear", rank=2)) == [module.name for module in BLOCKS]
 
     def test_all_linear_leaves_out_tied_weights(self):
         shared = WeightModule("b.weight", "b", "linear", (8, 6), tied_with=("c",))

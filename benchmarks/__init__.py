@@ -1,0 +1,1 @@
+"""Speed, memory and accuracy of pissa_hub beside what else there is; see README.md here."""
