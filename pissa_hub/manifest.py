@@ -12,13 +12,16 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pissa_hub.checkpoint.strict_json import parse_object
 from pissa_hub.checkpoint.writer import FileDigest
 from pissa_hub.errors import ManifestError
+from pissa_hub.schema import violations
 
 MANIFEST_NAME = "pissa_manifest.json"
 FORMAT = "pissa-hub-manifest"
 VERSION = 1
 _MAX_BYTES = 256 << 20
+_AGAIN = "download or decompose it again"
 
 _T = TypeVar("_T")
 
@@ -105,6 +108,12 @@ def lora_names(module: str) -> tuple[str, str]:
     return f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"
 
 
+def manifest_schema() -> dict[str, Any]:
+    """The JSON Schema of the file."""
+    schema: dict[str, Any] = json.loads(Path(__file__).with_name("manifest.schema.json").read_bytes())
+    return schema
+
+
 def load_manifest(folder: Path) -> Manifest:
     """Read the manifest of a decomposed folder.
 
@@ -115,12 +124,14 @@ def load_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise ManifestError(f"{folder} has no {MANIFEST_NAME}", "give a folder that decompose has finished")
     if path.stat().st_size > _MAX_BYTES:
-        raise ManifestError(f"{path} is larger than {_MAX_BYTES} bytes", "download or decompose it again")
+        raise ManifestError(f"{path} is larger than {_MAX_BYTES} bytes", _AGAIN)
     try:
-        table = json.loads(path.read_bytes())
+        table = parse_object(path.read_bytes())
         found = table["format"], table["version"]
         if found != (FORMAT, VERSION):
-            raise ManifestError(f"{path} is {found[0]} version {found[1]}", "use a newer pissa_hub")
+            raise ManifestError(f"{path} is {found[0]!r} version {found[1]!r}", "use a newer pissa_hub")
+        for violation in violations(table, manifest_schema()):
+            raise ValueError(violation)
         return Manifest(
             tool=dict(table["tool"]),
             source=_source(table["source"]),
@@ -129,15 +140,17 @@ def load_manifest(folder: Path) -> Manifest:
             files=_digests(table["files"]),
             environment=dict(table["environment"]),
         )
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ManifestError(
-            f"{path} is malformed ({type(error).__name__}: {error})", "download or decompose it again"
-        ) from None
+    except KeyError as error:
+        raise ManifestError(f"{path} is malformed: it lacks {error}", _AGAIN) from None
+    except (OSError, ValueError) as error:
+        raise ManifestError(f"{path} is malformed: {error}", _AGAIN) from None
 
 
 def weight_record(table: Mapping[str, Any]) -> WeightRecord:
     """A record from its JSON form. Raises KeyError, TypeError or ValueError."""
     plain = dict(table)
+    if len(plain["singular_values"]) != plain["rank"]:
+        raise ValueError(f"{plain['tensor']!r} has {len(plain['singular_values'])} singular values")
     return WeightRecord(
         **{
             **plain,

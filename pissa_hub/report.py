@@ -10,9 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pissa_hub.comparison import Findings
 from pissa_hub.manifest import Manifest, WeightRecord
 from pissa_hub.pipeline.plan import Plan
-from pissa_hub.comparison import Findings
 
 _LAYER = re.compile(r"\.\d+(?=\.|$)")
 

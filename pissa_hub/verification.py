@@ -99,6 +99,8 @@ def _check_headers(folder: Path, manifest: Manifest) -> tuple[dict[str, Header],
                 headers[name] = read_header(folder / name)
             except CheckpointError as error:
                 problems.append(error.fact)
+    if not problems:
+        problems += _misplaced_weights(manifest, headers)
     path = folder / INDEX_NAME
     if INDEX_NAME in manifest.files and not problems:
         try:
@@ -108,6 +110,17 @@ def _check_headers(folder: Path, manifest: Manifest) -> tuple[dict[str, Header],
         except (CheckpointError, OSError, KeyError) as error:
             problems.append(f"{INDEX_NAME}: {error}")
     return headers, Check("headers and index", len(headers), tuple(problems))
+
+
+def _misplaced_weights(manifest: Manifest, headers: dict[str, Header]) -> Iterator[str]:
+    shards = [headers[name] for name in manifest.source.files if name in headers]
+    if len(shards) != len(manifest.source.files):
+        yield "a shard of the source has no counterpart"
+    stored = {entry.name: entry.shape for header in shards for entry in header.entries}
+    for weight in manifest.weights:
+        shape = weight.shape[::-1] if weight.is_transposed else weight.shape
+        if stored.get(weight.tensor) != shape:
+            yield f"no shard holds {weight.tensor} of shape {list(shape)}"
 
 
 def _check_adapter(folder: Path, manifest: Manifest, headers: dict[str, Header]) -> Check:

@@ -5,6 +5,7 @@ import os
 import re
 from pathlib import Path, PurePosixPath
 
+from pissa_hub.checkpoint.strict_json import shown
 from pissa_hub.errors import CheckpointError
 
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
@@ -44,7 +45,8 @@ def other_files(root: Path) -> tuple[str, ...]:
     (``2_Dense/``) are carried.
 
     Raises:
-        CheckpointError: such a module has pickle weights only; without them the result would not load.
+        CheckpointError: such a module has pickle weights only; without them the result would not load. Or a
+            name is not UTF-8, as no JSON file and no other system could name it.
     """
     modules = _module_folders(root)
     carried = []
@@ -59,7 +61,7 @@ def other_files(root: Path) -> tuple[str, ...]:
             is_weight = _suffix(name) in weights or _INDEX.fullmatch(name)
             is_ours = folder == str(root) and name in _NOT_CARRIED
             if not (is_weight or is_ours or name.startswith(".")) and Path(folder, name).is_file():
-                carried.append((relative / name).as_posix())
+                carried.append(_text(root, (relative / name).as_posix()))
     return tuple(sorted(carried))
 
 
@@ -77,6 +79,14 @@ def declared_license(readme: str | None) -> str | None:
     front_matter = re.match(r"---\r?\n(.*?)^---", readme or "", re.DOTALL | re.MULTILINE)
     found = _LICENSE.search(front_matter[1].replace("\r", "")) if front_matter else None
     return found[1] if found else None
+
+
+def _text(root: Path, name: str) -> str:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(f"{root} holds a file whose name is not UTF-8, {shown(name)}", "rename it") from None
+    return name
 
 
 def _module_folders(root: Path) -> set[PurePosixPath]:

@@ -88,13 +88,13 @@ def certify(
     return Certificate(kind, min(loss, 1.0), sigma_error, failure_probability)
 
 
-def energy_outside(theta: Tensor, total_energy: float) -> float:
-    """trace(H) less the Ritz values theta (d,), plus rounding: what any lambda_i or their sum can exceed theirs by.
+def energy_outside(energy_inside: float, total_energy: float) -> float:
+    """trace(H) less the sum of all Ritz values, plus rounding: what a lambda_i or their sum can exceed theirs by.
 
     Ritz values above the trace show how far rounding has moved them, so that counts as well: sums of equal terms, as
     of a constant matrix, round all in one direction.
     """
-    return abs(total_energy - float(theta.sum())) + ROUNDING * total_energy
+    return abs(total_energy - energy_inside) + ROUNDING * total_energy
 
 
 def residual_bounds(projection: Tensor, residual: Tensor, theta: Tensor, rank: int, mu: float) -> Tensor:

@@ -14,6 +14,8 @@ against subspace iteration); Stathopoulos and Wu, SIAM J. Sci. Comput. 23 (2002)
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import Tensor
 
@@ -158,6 +160,13 @@ def _orthonormalise(present: list[Tensor], block: Tensor, noise: float) -> tuple
         factor = (vectors * lengths).t() @ factor
         noise = 0.5  # a unit direction that shrank to less than half in the second pass lay within P
     return block, factor, coefficients, dropped
+
+
+def gaussian(rows: int, columns: int, like: Tensor, *key: object) -> Tensor:
+    """Gaussian block (rows, columns) drawn on the CPU from a key and moved to the device of ``like``."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    return torch.randn(rows, columns, generator=generator).to(like.device)
 
 
 def gram(block: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +84,7 @@ def run(plan: Plan, output: Path, device: torch.device, progress: Progress | Non
     finished = _finished(plan, output, work)
     if finished is not None:
         return Outcome(plan, finished, was_finished=True, carried_over=0)
-    was_absent = not output.exists()
+    absent = [path for path in (output.absolute(), *output.absolute().parents) if not path.exists()]
     found = (work.receipt(shard.source) for shard in plan.shards) if work.exists else ()
     receipts = {receipt.shard: receipt for receipt in found if receipt}
     held = frozenset(receipts)
@@ -96,7 +98,7 @@ def run(plan: Plan, output: Path, device: torch.device, progress: Progress | Non
         workers = worker_count(plan.weights, device)
         written = stream(pending, output, work, plan.settings, device, workers, progress)
     except (MatrixError, CheckpointError):
-        _remove_output(plan, output, was_absent)
+        _remove_output(plan, output, absent)
         raise
     receipts.update({receipt.shard: receipt for receipt in written})
     manifest = finish(plan, [receipts[shard.name] for shard in plan.shards], output, work, device)
@@ -109,7 +111,7 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise PlanError(f"device {name!r} cannot be used ({reason})", "use auto, cpu or cuda:N") from None
@@ -206,8 +208,8 @@ def _remove_partials(output: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _remove_output(plan: Plan, output: Path, was_absent: bool) -> None:
-    """Leave nothing of a run whose input turned out to be bad."""
+def _remove_output(plan: Plan, output: Path, absent: Sequence[Path]) -> None:
+    """Leave nothing of a run whose input turned out to be bad, nor the folders that were ``absent``, deepest first."""
     names = [shard.name for shard in plan.shards] + [
         *plan.generated,
         f"{ADAPTER_FOLDER}/{ADAPTER_NAME}",
@@ -216,5 +218,6 @@ def _remove_output(plan: Plan, output: Path, was_absent: bool) -> None:
     for name in names:
         (output / name).unlink(missing_ok=True)
     WorkFolder(output, plan.digest).remove()
-    if was_absent:
-        shutil.rmtree(output, ignore_errors=True)
+    for folder in absent:
+        with suppress(OSError):  # somebody else's files in it
+            folder.rmdir()

@@ -16,7 +16,7 @@ from typing import Any
 from pissa_hub.checkpoint.reader import sha256_file
 from pissa_hub.checkpoint.source import Shard
 from pissa_hub.checkpoint.writer import FileDigest, write_file_atomic
-from pissa_hub.errors import CheckpointError, ManifestError
+from pissa_hub.errors import CheckpointError, ManifestError, OutputError
 from pissa_hub.manifest import WeightRecord, weight_record
 
 WORK_FOLDER = ".pissa"
@@ -66,8 +66,12 @@ class WorkFolder:
             return None
 
     def create(self, settings: Mapping[str, Any]) -> None:
-        """Make the folder and say in it which plan its work belongs to."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        """Make the folder and say in it which plan its work belongs to. Raises OutputError."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fact = f"{self._output} cannot be created: {error.strerror}"
+            raise OutputError(fact, "choose another folder or check the permissions") from error
         plan = {"digest": self._digest, "settings": settings}
         write_file_atomic(self._folder / _PLAN_NAME, json.dumps(plan, indent=1).encode())
 

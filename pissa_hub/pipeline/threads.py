@@ -80,7 +80,7 @@ class Prefetch(Generic[T]):
         except _StoppedError:
             pass
         except BaseException as error:
-            if not self._channel.stopped.is_set():
+            with suppress(_StoppedError):
                 self._channel.put(error)
 
 
