@@ -18,7 +18,7 @@ from pissa_hub.factorization.svd import SVDSettings, TruncatedSVD, truncated_svd
 from pissa_hub.factorization.workspace import Workspace
 from pissa_hub.manifest import Manifest, WeightRecord, lora_names
 from pissa_hub.pipeline.plan import ADAPTER_FOLDER, ADAPTER_NAME
-from pissa_hub.pipeline.stream import Progress
+from pissa_hub.progress import Progress
 
 # Another summation order moves a measured deviation by less than this.
 _SLACK = 0.01

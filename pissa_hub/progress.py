@@ -1,16 +1,40 @@
-"""The progress bar: bytes of the source, with the weight in hand."""
+"""How far a long job is: who is told, and the bar on the terminal."""
 
 from __future__ import annotations
 
 import sys
 from threading import Lock
+from typing import Protocol
 
 from huggingface_hub.utils import are_progress_bars_disabled
 from tqdm import tqdm
 
 
+class Progress(Protocol):
+    """Who is told how far a long job is."""
+
+    def expect(self, nbytes: int) -> None:
+        """More bytes to come."""
+
+    def working_on(self, weight: str) -> None:
+        """The weight in hand."""
+
+    def advance(self, nbytes: int) -> None:
+        """Bytes that are done."""
+
+
+class Silent:
+    """Progress that nobody watches."""
+
+    def expect(self, nbytes: int) -> None: ...
+
+    def working_on(self, weight: str) -> None: ...
+
+    def advance(self, nbytes: int) -> None: ...
+
+
 class Bar:
-    """A bar on stderr; silent where stderr is no terminal or the Hub's bars are switched off."""
+    """A bar of bytes, with the weight in hand; silent where stderr is no terminal or the Hub's bars are switched off."""
 
     def __init__(self) -> None:
         self._lock = Lock()

@@ -17,7 +17,7 @@ from pissa_hub.comparison import Check, Findings, compare, require_source
 from pissa_hub.errors import CheckpointError
 from pissa_hub.manifest import MANIFEST_NAME, Manifest, WeightRecord, load_manifest, lora_names
 from pissa_hub.pipeline.plan import ADAPTER_CONFIG_NAME, ADAPTER_FOLDER, ADAPTER_NAME
-from pissa_hub.pipeline.stream import Progress, Silent
+from pissa_hub.progress import Progress, Silent
 
 _ADAPTER = f"{ADAPTER_FOLDER}/{ADAPTER_NAME}"
 

@@ -21,7 +21,8 @@ from pissa_hub.pipeline.finish import CARD_NAME, finish
 from pissa_hub.pipeline.plan import ADAPTER_FOLDER, ADAPTER_NAME, Plan, make_plan
 from pissa_hub.pipeline.receipts import WorkFolder
 from pissa_hub.pipeline.settings import Settings
-from pissa_hub.pipeline.stream import Progress, Silent, stream, worker_count
+from pissa_hub.pipeline.stream import stream, worker_count
+from pissa_hub.progress import Progress, Silent
 
 
 @dataclass(frozen=True)

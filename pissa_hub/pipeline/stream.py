@@ -14,7 +14,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from pissa_hub.pipeline.plan import ShardPlan, WeightPlan
 from pissa_hub.pipeline.receipts import Receipt, WorkFolder
 from pissa_hub.pipeline.settings import Settings
 from pissa_hub.pipeline.threads import Prefetch, Sink, Team
+from pissa_hub.progress import Progress
 
 # Bytes in flight between the threads; a larger tensor passes alone.
 BUFFER_BUDGET = 192 << 20
@@ -41,29 +42,6 @@ _QUEUED = 4
 WORKSPACE_BUDGET = 512 << 20
 # fp32 copies of a weight that its decomposition holds: itself, its transpose, basis and products.
 _COPIES = 4
-
-
-class Progress(Protocol):
-    """Who is told how far a long job is."""
-
-    def expect(self, nbytes: int) -> None:
-        """More bytes to come."""
-
-    def working_on(self, weight: str) -> None:
-        """The weight in hand."""
-
-    def advance(self, nbytes: int) -> None:
-        """Bytes that are done."""
-
-
-class Silent:
-    """Progress that nobody watches."""
-
-    def expect(self, nbytes: int) -> None: ...
-
-    def working_on(self, weight: str) -> None: ...
-
-    def advance(self, nbytes: int) -> None: ...
 
 
 @dataclass(frozen=True)
