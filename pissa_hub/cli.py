@@ -43,12 +43,17 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted; run the same command again to carry on", err=True)
         sys.exit(130)
-    except PissaHubError as error:
+    except (PissaHubError, OSError) as error:
         if os.environ.get("PISSA_HUB_DEBUG"):
             raise
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
+        click.echo(f"error: {error if isinstance(error, PissaHubError) else _system_error(error)}", err=True)
+        sys.exit(getattr(error, "exit_code", 1))
     sys.exit(0)
+
+
+def _system_error(error: OSError) -> str:
+    """What the library left to the system to say, such as a path in a folder that may not be entered."""
+    return f"{error.filename or 'the system'}: {error.strerror or error}; check the path and its permissions"
 
 
 def _rank_pattern(values: Sequence[str]) -> dict[str, int]:
@@ -76,7 +81,13 @@ def _rank_pattern(values: Sequence[str]) -> dict[str, int]:
 )
 @click.option("--exclude", default="", metavar="NAME,NAME|re:REGEX", help="Modules to leave out.")
 @click.option("--rank-pattern", multiple=True, metavar="KEY=R", help="Rank of modules that match KEY; repeatable.")
-@click.option("--method", type=click.Choice(["pissa"]), default="pissa", show_default=True)
+@click.option(
+    "--method",
+    type=click.Choice(["pissa"]),
+    default="pissa",
+    show_default=True,
+    help="How adapter and residual follow from a weight.",
+)
 @click.option(
     "--svd",
     type=click.Choice(["krylov", "full", "randomized"]),
@@ -86,8 +97,20 @@ def _rank_pattern(values: Sequence[str]) -> dict[str, int]:
 )
 @click.option("--niter", default=4, show_default=True, help="Power iterations of --svd randomized.")
 @click.option("--tolerance", default=1e-5, show_default=True, help="Largest certified loss of energy of --svd krylov.")
-@click.option("--adapter-dtype", type=click.Choice(_DTYPES), default="float32", show_default=True)
-@click.option("--residual-dtype", type=click.Choice(["source", *_DTYPES]), default="source", show_default=True)
+@click.option(
+    "--adapter-dtype",
+    type=click.Choice(_DTYPES),
+    default="float32",
+    show_default=True,
+    help="Of A and B; their rounding goes to the residual.",
+)
+@click.option(
+    "--residual-dtype",
+    type=click.Choice(["source", *_DTYPES]),
+    default="source",
+    show_default=True,
+    help="Of the decomposed weights in the base.",
+)
 @click.option("--seed", default=0, show_default=True, help="Of the random start blocks.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop; reads headers only.")
@@ -188,7 +211,9 @@ def inspect(path: Path, plot: Path | None, output_format: str) -> None:
 
 
 @cli.command()
-@click.option("-o", "--output", type=click.Path(path_type=Path), default="demo", show_default=True)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), default="demo", show_default=True, help="Folder to write."
+)
 def demo(output: Path) -> None:
     """Decompose a real model, all-MiniLM-L6-v2, and compare its embeddings with the original's."""
     from pissa_hub.demo import run_demo

@@ -34,7 +34,7 @@ class Silent:
 
 
 class Bar:
-    """A bar of bytes, with the weight in hand; silent where stderr is no terminal or the Hub's bars are switched off."""
+    """A bar of bytes, with the weight in hand; silent where stderr is no terminal or the Hub's bars are off."""
 
     def __init__(self) -> None:
         self._lock = Lock()

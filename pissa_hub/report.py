@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pissa_hub.comparison import Findings
+from pissa_hub.errors import OutputError
 from pissa_hub.manifest import Manifest, WeightRecord
 from pissa_hub.pipeline.plan import Plan
 
@@ -152,6 +153,7 @@ def plot_spectra(manifest: Manifest, path: Path) -> None:
 
     Raises:
         ImportError: matplotlib is not installed.
+        OutputError: the file cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -162,7 +164,8 @@ def plot_spectra(manifest: Manifest, path: Path) -> None:
     for kind, weights in _by_kind(manifest.weights).items():
         count = min(weight.rank for weight in weights)
         curves = [
-            [value / max(weight.singular_values[0], 1e-300) for value in weight.singular_values[:count]]
+            # A logarithmic axis has no place for the zeros of a rank-deficient weight.
+            [max(value / (weight.singular_values[0] or 1.0), 1e-8) for value in weight.singular_values[:count]]
             for weight in weights
         ]
         columns = [sorted(column) for column in zip(*curves, strict=True)]
@@ -175,7 +178,10 @@ def plot_spectra(manifest: Manifest, path: Path) -> None:
     axes.set_yscale("log")
     axes.grid(visible=True, alpha=0.3)
     axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    try:
+        figure.savefig(path, dpi=120, format="png")
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}", "give another path for the plot") from error
 
 
 def module_kind(name: str) -> str:

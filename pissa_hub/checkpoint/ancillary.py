@@ -46,7 +46,7 @@ def other_files(root: Path) -> tuple[str, ...]:
 
     Raises:
         CheckpointError: such a module has pickle weights only; without them the result would not load. Or a
-            name is not UTF-8, as no JSON file and no other system could name it.
+            name is not UTF-8, as no JSON file and no other system could name it; or a file may not be read.
     """
     modules = _module_folders(root)
     carried = []
@@ -61,7 +61,7 @@ def other_files(root: Path) -> tuple[str, ...]:
             is_weight = _suffix(name) in weights or _INDEX.fullmatch(name)
             is_ours = folder == str(root) and name in _NOT_CARRIED
             if not (is_weight or is_ours or name.startswith(".")) and Path(folder, name).is_file():
-                carried.append(_text(root, (relative / name).as_posix()))
+                carried.append(_checked(root, (relative / name).as_posix()))
     return tuple(sorted(carried))
 
 
@@ -81,11 +81,13 @@ def declared_license(readme: str | None) -> str | None:
     return found[1] if found else None
 
 
-def _text(root: Path, name: str) -> str:
+def _checked(root: Path, name: str) -> str:
     try:
         name.encode()
     except UnicodeEncodeError:
         raise CheckpointError(f"{root} holds a file whose name is not UTF-8, {shown(name)}", "rename it") from None
+    if not os.access(root / name, os.R_OK):
+        raise CheckpointError(f"{root / name} cannot be read: Permission denied", "check its permissions")
     return name
 
 

@@ -93,8 +93,9 @@ def run(plan: Plan, output: Path, device: torch.device, progress: Progress | Non
     work.create(plan.settings.as_dict())
     _remove_partials(output)
     pending = [shard for shard in plan.shards if shard.name not in held]
-    progress.expect(plan.input_bytes)
-    progress.advance(sum(shard.source.header.file_size for shard in plan.shards if shard.name in held))
+    data = {shard.name: shard.source.header.file_size - shard.source.header.data_start for shard in plan.shards}
+    progress.expect(sum(data.values()))
+    progress.advance(sum(data[name] for name in held))
     try:
         workers = worker_count(plan.weights, device)
         written = stream(pending, output, work, plan.settings, device, workers, progress)

@@ -83,7 +83,7 @@ class Settings:
         return {
             "method": self.method,
             "rank": self.rank,
-            "alpha": self.alpha,
+            "alpha": None if self.alpha is None else float(self.alpha),
             "use_rslora": self.use_rslora,
             "targets": self.targets,
             "exclude": self.exclude,

@@ -47,7 +47,7 @@ class Split:
 
 splits = st.builds(
     Split,
-    size=st.integers(6, 40),
+    size=st.integers(6, 24),
     dimension=st.integers(1, 6),
     decay=st.floats(0, 4),
     angle=st.sampled_from([0.0, 1e-6, 1e-3, 0.03, 0.3, 3.0]),
@@ -56,7 +56,7 @@ splits = st.builds(
 
 
 @given(splits, st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_residual_bounds_hold(split: Split, data: st.DataObject) -> None:
     rank = data.draw(st.integers(1, len(split.theta)))
     above = data.draw(st.floats(1, 3))
@@ -83,7 +83,7 @@ def test_residual_bounds_need_all_of_residual_and_gap() -> None:
 
 
 @given(splits, st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_energy_outside_bounds_each_and_all(split: Split, data: st.DataObject) -> None:
     rank = data.draw(st.integers(1, len(split.theta)))
     outside = energy_outside(float(split.theta.sum()), split.energy)

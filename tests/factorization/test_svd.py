@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pissa_hub.errors import MatrixError
 from pissa_hub.factorization import adaptive, svd
+from pissa_hub.factorization.rayleigh_ritz import Subspace
 from pissa_hub.factorization.svd import DENSE_SIZE, SVDSettings, TruncatedSVD, truncated_svd
 from pissa_hub.factorization.workspace import Workspace
 from tests.factorization.matrices import (
@@ -133,6 +134,8 @@ def test_any_scale(largest: float) -> None:
     result = truncated_svd(weight, 8)
     # In float64 the reference has no scale of its own.
     check(weight, torch.linalg.svdvals(weight.double()), result)
+    # Nothing over- or underflowed on the way, or the dense path had to come to the rescue.
+    assert result.certificate.kind == "probe"
     assert result.energy > 0.1
 
 
@@ -172,6 +175,14 @@ def householder_rotated(sigma: Tensor, rows: int, columns: int) -> Tensor:
         weight -= 2 * torch.outer(left, left @ weight)
         weight -= 2 * torch.outer(weight @ right, right)
     return weight.float()
+
+
+def test_only_the_certificate_itself_ends_the_growth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss that steers is an estimate in fp32; nothing is returned on its word."""
+    monkeypatch.setattr(Subspace, "loss", lambda *_: 0.0)
+    for family in ("clustered", "gaussian"):
+        weight, sigma = matrix(family, 1024, 740, 0), singular_values(family, 1024, 740, 0)
+        check(weight, sigma, truncated_svd(weight, 8))
 
 
 # --- what the start block cannot see ---

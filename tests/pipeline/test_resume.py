@@ -1,0 +1,346 @@
+"""Killed at any point, the same command carries on and ends with the bytes of an uninterrupted run."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pissa_hub import decompose, verify
+from pissa_hub.errors import OutputError
+from pissa_hub.pipeline.decompose import plan_decomposition, run
+from pissa_hub.pipeline.settings import Settings
+
+from ..conftest import SHARDED, Factory
+from ..helpers import MANIFEST, ROOT, files_of, run_cli
+
+CPU = torch.device("cpu")
+SHARDS = 4
+FIRST_RECEIPT = ".pissa/model-00001-of-00004.safetensors.receipt.json"
+posix_only = pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
+
+# A process that slows down or kills itself where a test wants it, with its own command line.
+_SLOW = """
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from pissa_hub import cli
+from pissa_hub.progress import Bar
+
+advance = Bar.advance
+def slow(self, nbytes):
+    time.sleep(0.03)
+    advance(self, nbytes)
+Bar.advance = slow
+
+fsync, calls = os.fsync, 0
+def deadly(descriptor):
+    global calls
+    calls += 1
+    if calls == int(os.environ.get("KILL_AT", -1)):
+        os.kill(os.getpid(), signal.SIGKILL)
+    fsync(descriptor)
+os.fsync = deadly
+cli.main(sys.argv[1:])
+"""
+
+
+def small(tiny_checkpoint: Factory) -> Path:
+    source = tiny_checkpoint(shard_size=SHARDED, num_hidden_layers=1)
+    assert len(list(source.glob("*.safetensors"))) == SHARDS
+    return source
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_checkpoint: Factory, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """All files of an uninterrupted run."""
+    output = tmp_path_factory.mktemp("reference") / "out"
+    decompose(small(tiny_checkpoint), output, rank=4)
+    return files_of(output)
+
+
+@pytest.fixture(scope="module")
+def snapshots(tiny_checkpoint: Factory, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The output folder as a kill would leave it, before and after every file gets its name."""
+    folder = tmp_path_factory.mktemp("snapshots")
+    output, taken = folder / "out", []
+
+    def snapshot(descriptor: int) -> None:
+        # As bytes on a disk, the partial file included: copies of open files.
+        taken.append(Path(shutil.copytree(output, folder / f"{len(taken):03}")))
+
+    with patched(os, "fsync", snapshot):
+        decompose(small(tiny_checkpoint), output, rank=4)
+    assert len(taken) > 30
+    return taken
+
+
+@contextmanager
+def patched(owner: object, name: str, value: Callable[..., None]) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, value)
+        yield
+
+
+def unfinished(snapshots: list[Path], receipts: int, target: Path) -> Path:
+    """A copy of the first snapshot with so many receipts."""
+    found = next(path for path in snapshots if len(list(path.glob(".pissa/*.receipt.json"))) == receipts)
+    return Path(shutil.copytree(found, target))
+
+
+def test_every_point_of_a_run_is_one_to_carry_on_from(
+    tiny_checkpoint: Factory, snapshots: list[Path], reference: dict[str, bytes], tmp_path: Path
+) -> None:
+    plan = plan_decomposition(small(tiny_checkpoint), Settings(rank=4))
+    carried = []
+    for snapshot in snapshots:
+        output = Path(shutil.copytree(snapshot, tmp_path / snapshot.name))
+        outcome = run(plan, output, CPU)
+        carried.append(SHARDS if outcome.was_finished else outcome.carried_over)
+        assert files_of(output) == reference, snapshot.name
+    assert carried == sorted(carried)
+    assert set(carried) == set(range(SHARDS + 1))
+
+
+def test_work_that_was_done_is_not_done_again(tiny_checkpoint: Factory, snapshots: list[Path], tmp_path: Path) -> None:
+    output = unfinished(snapshots, 2, tmp_path / "out")
+    done = [path.name.removesuffix(".receipt.json") for path in output.glob(".pissa/*.receipt.json")]
+    before = {name: (output / name).stat().st_ino for name in done}
+    outcome = decompose(small(tiny_checkpoint), output, rank=4)
+    assert outcome.carried_over == 2
+    assert {name: (output / name).stat().st_ino for name in done} == before
+
+
+def _empty(data: bytes) -> bytes:
+    return b""
+
+
+def _half(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def _flipped(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+def _longer(data: bytes) -> bytes:
+    return data + b"\0"
+
+
+@pytest.mark.parametrize("damage", [_empty, _half, _flipped, _longer])
+def test_damaged_work_is_redone(
+    tiny_checkpoint: Factory,
+    snapshots: list[Path],
+    reference: dict[str, bytes],
+    tmp_path: Path,
+    damage: Callable[[bytes], bytes],
+) -> None:
+    plan = plan_decomposition(small(tiny_checkpoint), Settings(rank=4))
+    names = [
+        name for name in files_of(unfinished(snapshots, SHARDS, tmp_path / "whole")) if not name.endswith(".partial")
+    ]
+    assert sum(name.endswith(".adapter") for name in names) == SHARDS - 1
+    assert len(names) == 3 * SHARDS
+    for number, name in enumerate(names):
+        output = unfinished(snapshots, SHARDS, tmp_path / str(number))
+        (output / name).write_bytes(damage((output / name).read_bytes()))
+        if damage is _flipped and name == ".pissa/plan.json":
+            continue  # may name another plan, which is another test
+        run(plan, output, CPU)
+        assert files_of(output) == reference, name
+
+
+@pytest.mark.parametrize("pattern", [".pissa/*.receipt.json", ".pissa/*.adapter", "*.safetensors", ".pissa/plan.json"])
+def test_lost_work_is_redone(
+    tiny_checkpoint: Factory, snapshots: list[Path], reference: dict[str, bytes], tmp_path: Path, pattern: str
+) -> None:
+    output = unfinished(snapshots, SHARDS, tmp_path / "out")
+    min(output.glob(pattern)).unlink()
+    decompose(small(tiny_checkpoint), output, rank=4)
+    assert files_of(output) == reference
+
+
+def test_stale_partial_files_are_removed(
+    tiny_checkpoint: Factory, snapshots: list[Path], reference: dict[str, bytes], tmp_path: Path
+) -> None:
+    output = unfinished(snapshots, 1, tmp_path / "out")
+    (output / "pissa_init").mkdir(exist_ok=True)
+    (output / "1_Pooling").mkdir()
+    for name in ("x.partial", "pissa_init/y.1-ab.partial", ".pissa/z.partial", "1_Pooling/config.json.9-cd.partial"):
+        (output / name).write_bytes(b"half a file")
+    decompose(small(tiny_checkpoint), output, rank=4)
+    assert files_of(output) == reference
+
+
+@pytest.mark.parametrize(
+    "settings", [{"rank": 5}, {"seed": 1}, {"alpha": 8}, {"adapter_dtype": "bfloat16"}, {"exclude": "q_proj"}]
+)
+def test_other_settings_do_not_carry_on(
+    tiny_checkpoint: Factory, snapshots: list[Path], tmp_path: Path, settings: dict[str, object]
+) -> None:
+    output = unfinished(snapshots, 1, tmp_path / "out")
+    before = files_of(output)
+    with pytest.raises(OutputError, match="unfinished work of another plan"):
+        decompose(small(tiny_checkpoint), output, **{"rank": 4, **settings})
+    assert files_of(output) == before
+
+
+def test_other_source_does_not_carry_on(tiny_checkpoint: Factory, snapshots: list[Path], tmp_path: Path) -> None:
+    output = unfinished(snapshots, 1, tmp_path / "out")
+    before = files_of(output)
+    with pytest.raises(OutputError, match="unfinished work of another plan"):
+        decompose(tiny_checkpoint(shard_size=SHARDED), output, rank=4)
+    assert files_of(output) == before
+
+
+def test_shards_whose_source_changed_are_redone(
+    tiny_checkpoint: Factory, snapshots: list[Path], tmp_path: Path
+) -> None:
+    """Else the folder would mix two checkpoints, each shard with a sound receipt."""
+    output = unfinished(snapshots, 2, tmp_path / "out")
+    source = Path(shutil.copytree(small(tiny_checkpoint), tmp_path / "source"))
+    for path in source.glob("*.safetensors"):
+        save_file({name: tensor + 0.01 for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    decompose(source, output, rank=4)
+    decompose(source, tmp_path / "fresh", rank=4)
+    assert files_of(output) == files_of(tmp_path / "fresh")
+    assert verify(output, source, sample=-1).is_sound
+
+
+def test_finished_folder_is_left_as_it_is(
+    tiny_checkpoint: Factory, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source, output = small(tiny_checkpoint), tmp_path / "out"
+    command = ("decompose", source, "-o", output, "--rank", 4)
+    assert run_cli(capfd, *command).code == 0
+    before = {name: (output / name).stat() for name in files_of(output)}
+    again = run_cli(capfd, *command)
+    assert again.code == 0
+    assert again.out == f"{output} is finished already: same source, same settings; nothing to do\n"
+    assert {name: (output / name).stat() for name in files_of(output)} == before
+    outcome = decompose(source, output, rank=4)
+    assert outcome.was_finished
+    assert outcome.manifest.to_bytes() == (output / MANIFEST).read_bytes()
+
+
+@pytest.mark.parametrize("settings", [{"rank": 5}, {"seed": 1}, {"alpha": 8.0}, {"rank_pattern": {"q_proj": 2}}])
+def test_finished_folder_of_other_settings_is_refused(
+    tiny_checkpoint: Factory, reference: dict[str, bytes], tmp_path: Path, settings: dict[str, object]
+) -> None:
+    source, output = small(tiny_checkpoint), tmp_path / "out"
+    decompose(source, output, rank=4)
+    with pytest.raises(OutputError, match="another decomposition, of other weights or settings"):
+        decompose(source, output, **{"rank": 4, **settings})
+    assert files_of(output) == reference
+
+
+@pytest.mark.parametrize("targeted", [True, False])
+def test_finished_folder_of_other_weights_is_refused(tiny_checkpoint: Factory, tmp_path: Path, targeted: bool) -> None:
+    source = Path(shutil.copytree(small(tiny_checkpoint), tmp_path / "source"))
+    output = tmp_path / "out"
+    decompose(source, output, rank=4)
+    before = files_of(output)
+    changed = "model.layers.0.mlp.up_proj.weight" if targeted else "model.norm.weight"
+    for path in source.glob("*.safetensors"):
+        tensors = load_file(path)
+        if changed in tensors:
+            tensors[changed] += 0.5
+            save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(OutputError, match="of other weights or settings"):
+        decompose(source, output, rank=4)
+    assert files_of(output) == before
+
+
+def test_finished_folder_of_another_config_is_refused(tiny_checkpoint: Factory, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(small(tiny_checkpoint), tmp_path / "source"))
+    output = tmp_path / "out"
+    decompose(source, output, rank=4)
+    config = (source / "config.json").read_text()
+    (source / "config.json").write_text(config.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    assert (source / "config.json").read_text() != config
+    with pytest.raises(OutputError, match="another decomposition"):
+        decompose(source, output, rank=4)
+
+
+def start(source: Path, output: Path, **environment: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", _SLOW, "decompose", str(source), "-o", str(output), "--rank", "4"]
+    return subprocess.Popen(
+        command,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def receipts_in(output: Path) -> int:
+    return len(list(output.glob(".pissa/*.receipt.json")))
+
+
+@posix_only
+@pytest.mark.parametrize("kill_at", ["8", "after a receipt, anywhere", "28"])
+def test_kill_9_and_the_same_command_again(
+    tiny_checkpoint: Factory, reference: dict[str, bytes], tmp_path: Path, kill_at: str
+) -> None:
+    source, output = small(tiny_checkpoint), tmp_path / "out"
+    if kill_at.isdecimal():
+        process = start(source, output, KILL_AT=kill_at)
+    else:
+        process = start(source, output)
+        wait_for(output / FIRST_RECEIPT, process)
+        time.sleep(random.random() * 0.2)
+        process.kill()
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    assert not (output / MANIFEST).exists()
+    assert (output / ".pissa").is_dir()
+    outcome = decompose(source, output, rank=4)
+    assert not outcome.was_finished
+    assert outcome.carried_over > 0
+    assert files_of(output) == reference
+
+
+@posix_only
+def test_interrupt_says_so_and_the_same_command_carries_on(
+    tiny_checkpoint: Factory, reference: dict[str, bytes], tmp_path: Path
+) -> None:
+    source, output = small(tiny_checkpoint), tmp_path / "out"
+    process = start(source, output)
+    wait_for(output / FIRST_RECEIPT, process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out == ""
+    assert err.strip().splitlines() == ["interrupted; run the same command again to carry on"]
+    assert not list(output.rglob("*.partial"))
+    outcome = decompose(source, output, rank=4)
+    assert outcome.carried_over > 0
+    assert files_of(output) == reference
+
+
+@pytest.mark.parametrize("name", ["model-00002-of-00004.safetensors", "pissa_init/adapter_model.safetensors"])
+def test_damaged_finished_folder_is_not_called_finished(tiny_checkpoint: Factory, tmp_path: Path, name: str) -> None:
+    source, output = small(tiny_checkpoint), tmp_path / "out"
+    decompose(source, output, rank=4)
+    (output / name).unlink()
+    with pytest.raises(OutputError, match=f"{name} is damaged or gone"):
+        decompose(source, output, rank=4)
