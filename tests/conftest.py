@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .model.zoo import tiny_model
 
-THREADS = 2
+THREADS = 1
 # Large enough for ranks of 4 and 8, small enough that a whole decomposition takes milliseconds.
 LLAMA = {
     "hidden_size": 64,
@@ -30,10 +30,32 @@ Factory = Callable[..., Path]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _threads() -> None:
-    """The bytes of a decomposition depend on the number of threads, here and in the processes that tests start."""
-    torch.set_num_threads(THREADS)
-    os.environ["OMP_NUM_THREADS"] = str(THREADS)
+def _threads() -> Iterator[None]:
+    """One: threads that wait for each other on a busy machine cost minutes."""
+    yield from _with_threads(THREADS)
+
+
+@pytest.fixture(scope="module")
+def two_threads() -> Iterator[None]:
+    """Several weights in hand at once; the bytes depend on the number, here and in the processes that tests start."""
+    yield from _with_threads(2)
+
+
+def _with_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", str(count))
+        torch.set_num_threads(count)
+        yield
+        torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_waiting_for_the_disk() -> Iterator[None]:
+    """Thousands of small files are synced here, and no test cuts the power."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pissa_hub.checkpoint.encoding import decode
 from pissa_hub.checkpoint.header import TORCH_DTYPES, TensorEntry
-from pissa_hub.checkpoint.reader import Buffer, BufferPool, ShardReader
+from pissa_hub.checkpoint.reader import Buffer, BufferPool, PoolClosedError, ShardReader
 from pissa_hub.checkpoint.writer import FileDigest, ShardWriter
 from pissa_hub.factorization.methods import Factors, pissa_factors, subtract
 from pissa_hub.factorization.precision import exact_fp32
@@ -103,7 +103,7 @@ def stream(
     pool = BufferPool(BUFFER_BUDGET)
     with ExitStack() as cleanup:
         writers = cleanup.enter_context(_Writers(output, work, progress))
-        sink: Sink[_Written] = Sink(writers.consume, _QUEUED)
+        sink: Sink[_Written] = Sink(writers.consume, _QUEUED, on_failure=pool.close)
         cleanup.callback(_quietly, sink.close)
         cleanup.enter_context(exact_fp32())
         team = cleanup.enter_context(Team(workers, lambda: _Decomposer(settings, device, progress)))
@@ -111,9 +111,13 @@ def stream(
         results = Prefetch(_hand_out(_read(shards, pool), team), 2 * workers + _QUEUED)
         cleanup.callback(results.close)
         cleanup.callback(pool.close)
-        for result in results:
-            for item in result.result():
-                sink.put(item)
+        try:
+            for result in results:
+                for item in result.result():
+                    sink.put(item)
+        except PoolClosedError:
+            sink.close()  # raises what the writer did not survive
+            raise
         sink.finish()
         return writers.receipts
 

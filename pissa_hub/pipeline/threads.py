@@ -85,11 +85,18 @@ class Prefetch(Generic[T]):
 
 
 class Sink(Generic[T]):
-    """Calls ``consume`` on a thread of its own for every item put, in order."""
+    """Calls ``consume`` on a thread of its own for every item put, in order.
 
-    def __init__(self, consume: Callable[[T], None], size: int) -> None:
+    Args:
+        consume: what to do with an item.
+        size: most items that wait.
+        on_failure: called when ``consume`` has raised: to wake whoever waits for what it will never give back.
+    """
+
+    def __init__(self, consume: Callable[[T], None], size: int, on_failure: Callable[[], None] = lambda: None) -> None:
         self._channel: _Channel[tuple[T] | None] = _Channel(size)
         self._consume = consume
+        self._on_failure = on_failure
         self._error: BaseException | None = None
         self._thread = Thread(target=self._run, name="writer", daemon=True)
         self._thread.start()
@@ -129,6 +136,7 @@ class Sink(Generic[T]):
         except BaseException as error:
             self._error = error
             self._channel.stopped.set()
+            self._on_failure()
 
 
 class Team(Generic[T]):

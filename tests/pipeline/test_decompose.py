@@ -508,6 +508,16 @@ def test_umask_is_respected(source: Path, tmp_path: Path, umask: int, file_mode:
 def test_two_runs_give_the_same_bytes_wherever_they_write(
     tiny_checkpoint: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        _check_determinism(tiny_checkpoint, tmp_path, monkeypatch)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _check_determinism(tiny_checkpoint: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tiny_checkpoint(hidden_size=520, intermediate_size=528, num_hidden_layers=1, num_key_value_heads=4)
     moved = shutil.copytree(source, tmp_path / "moved")
     decompose(source, tmp_path / "first", rank=4)

@@ -25,6 +25,8 @@ from pissa_hub.pipeline.settings import Settings
 from ..conftest import SHARDED, Factory
 from ..helpers import MANIFEST, ROOT, files_of, run_cli
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 CPU = torch.device("cpu")
 SHARDS = 4
 FIRST_RECEIPT = ".pissa/model-00001-of-00004.safetensors.receipt.json"
@@ -62,7 +64,9 @@ def small(tiny_checkpoint: Factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def reference(tiny_checkpoint: Factory, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def reference(
+    tiny_checkpoint: Factory, tmp_path_factory: pytest.TempPathFactory, two_threads: None
+) -> dict[str, bytes]:
     """All files of an uninterrupted run."""
     output = tmp_path_factory.mktemp("reference") / "out"
     decompose(small(tiny_checkpoint), output, rank=4)
@@ -70,7 +74,7 @@ def reference(tiny_checkpoint: Factory, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="module")
-def snapshots(tiny_checkpoint: Factory, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def snapshots(tiny_checkpoint: Factory, tmp_path_factory: pytest.TempPathFactory, two_threads: None) -> list[Path]:
     """The output folder as a kill would leave it, before and after every file gets its name."""
     folder = tmp_path_factory.mktemp("snapshots")
     output, taken = folder / "out", []

@@ -17,6 +17,8 @@ from ..conftest import SHARDED, Factory
 from ..helpers import files_of, tensors_of
 from .test_threads import _no_thread_is_left, in_time  # noqa: F401  # the fixture
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, owner: type, method: str, call: int, error: Exception) -> None:
     """Let a method's n-th call raise."""

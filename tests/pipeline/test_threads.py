@@ -214,7 +214,7 @@ def test_team_gives_every_job_equipment_of_its_own() -> None:
     assert len(made) == 2
 
 
-def test_team_shares_out_the_threads_and_gives_them_back() -> None:
+def test_team_shares_out_the_threads_and_gives_them_back(two_threads: None) -> None:
     before = torch.get_num_threads()
     assert before == 2
     with Team(2, lambda: None) as team:
