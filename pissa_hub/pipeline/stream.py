@@ -34,8 +34,8 @@ from pissa_hub.pipeline.settings import Settings
 from pissa_hub.pipeline.threads import Prefetch, Sink, Team
 from pissa_hub.progress import Progress
 
-# Bytes in flight between the threads; a larger tensor passes alone.
-BUFFER_BUDGET = 192 << 20
+# Bytes in flight between the threads, or a weight for each worker and one more; a larger tensor passes alone.
+BUFFER_BUDGET = 64 << 20
 # Tensors between two threads: few, because the factors of a weight are not counted in the budget.
 _QUEUED = 4
 # Bytes that the matrices of all workers may take; a larger matrix has a single worker.
@@ -100,7 +100,9 @@ def stream(
         MatrixError: a weight holds NaN or Inf, or its base does not fit its dtype.
         OutputError: the output cannot be written.
     """
-    pool = BufferPool(BUFFER_BUDGET)
+    shards = list(shards)
+    largest = max((weight.stored.nbytes for shard in shards for weight in shard.weights.values()), default=0)
+    pool = BufferPool(max(BUFFER_BUDGET, (workers + 1) * largest))
     with ExitStack() as cleanup:
         writers = cleanup.enter_context(_Writers(output, work, progress))
         sink: Sink[_Written] = Sink(writers.consume, _QUEUED, on_failure=pool.close)
