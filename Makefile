@@ -41,6 +41,7 @@ check: lint test
 bench: $(STAMP)
 	@$(BIN)/python -m benchmarks.compare --json $(RESULTS)/compare.json
 	@$(BIN)/python -m benchmarks.compare --memory --json $(RESULTS)/memory.json
+	@$(BIN)/python -m benchmarks.breakdown --json $(RESULTS)/breakdown.json
 	@$(BIN)/python -m benchmarks.svd_table --json $(RESULTS)/svd.json
 
 # One pip command, so that the constraints hold for every package it resolves.

@@ -1,0 +1,30 @@
+"""README.md says what the program does: every command, every option, and a snippet that loads what it writes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import click
+
+from pissa_hub.cli import cli, decompose
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_every_command_is_in_the_table_and_has_help() -> None:
+    for name, command in cli.commands.items():
+        assert re.search(rf"^\| `pissa-hub {name}\b", README, re.MULTILINE), name
+        assert command.help
+
+
+def test_every_option_of_decompose_is_named() -> None:
+    options = [option for option in decompose.params if isinstance(option, click.Option)]
+    missing = [option.opts[-1] for option in options if not any(name in README for name in option.opts)]
+    assert not missing
+
+
+def test_nothing_is_promised_that_the_program_lacks() -> None:
+    known = {opt for command in cli.commands.values() for option in command.params for opt in option.opts}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {"--help"}
+    assert named <= known, named - known
