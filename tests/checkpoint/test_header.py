@@ -33,12 +33,14 @@ GOLDEN = (
     b'"a":{"dtype":"BF16","shape":[0,3],"data_offsets":[12,12]}}'
     b"   "
 )
+# safetensors 0.6, the oldest that is supported, lacks these; what every version knows is left to judge by.
+NEWER = {"C64", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
 NAMES = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_size=20)
 SPECS = st.lists(
     st.builds(
         TensorSpec,
         NAMES,
-        st.sampled_from([name for name, bits in DTYPES.items() if bits >= 8]),
+        st.sampled_from([name for name, bits in DTYPES.items() if bits >= 8 and name not in NEWER]),
         st.lists(st.integers(0, 3), max_size=4).map(tuple),
     ),
     max_size=6,

@@ -32,7 +32,7 @@ SHARDS = 4
 FIRST_RECEIPT = ".pissa/model-00001-of-00004.safetensors.receipt.json"
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
 
-# A process that slows down or kills itself where a test wants it, with its own command line.
+# The command line in a process that idles once it has a receipt, or kills itself where a test wants it.
 _SLOW = """
 import os, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -41,7 +41,8 @@ from pissa_hub.progress import Bar
 
 advance = Bar.advance
 def slow(self, nbytes):
-    time.sleep(0.03)
+    if os.path.exists(os.environ["SLOW_FROM"]):
+        time.sleep(1.0)
     advance(self, nbytes)
 Bar.advance = slow
 
@@ -281,7 +282,7 @@ def start(source: Path, output: Path, **environment: str) -> subprocess.Popen[st
     command = [sys.executable, "-c", _SLOW, "decompose", str(source), "-o", str(output), "--rank", "4"]
     return subprocess.Popen(
         command,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "SLOW_FROM": str(output / FIRST_RECEIPT), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -301,7 +302,7 @@ def receipts_in(output: Path) -> int:
 
 
 @posix_only
-@pytest.mark.parametrize("kill_at", ["8", "after a receipt, anywhere", "28"])
+@pytest.mark.parametrize("kill_at", ["8", "after a receipt, anywhere", "13"])
 def test_kill_9_and_the_same_command_again(
     tiny_checkpoint: Factory, reference: dict[str, bytes], tmp_path: Path, kill_at: str
 ) -> None:
