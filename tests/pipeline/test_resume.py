@@ -290,11 +290,12 @@ def start(source: Path, output: Path, **environment: str) -> subprocess.Popen[st
 
 
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 60
-    while not path.exists():
+    for _ in range(6000):
+        if path.exists():
+            return
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
         time.sleep(0.01)
+    raise AssertionError(f"{path} does not appear")
 
 
 def receipts_in(output: Path) -> int:
@@ -314,7 +315,7 @@ def test_kill_9_and_the_same_command_again(
         wait_for(output / FIRST_RECEIPT, process)
         time.sleep(random.random() * 0.2)
         process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=600)
     assert process.returncode == -signal.SIGKILL
     assert not (output / MANIFEST).exists()
     assert (output / ".pissa").is_dir()
@@ -332,7 +333,7 @@ def test_interrupt_says_so_and_the_same_command_carries_on(
     process = start(source, output)
     wait_for(output / FIRST_RECEIPT, process)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 130
     assert out == ""
     assert err.strip().splitlines() == ["interrupted; run the same command again to carry on"]
