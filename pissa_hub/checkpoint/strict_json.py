@@ -1,6 +1,7 @@
 """JSON from untrusted files: one object, UTF-8, no repeated keys, nothing that is not JSON."""
 
 import json
+from collections import Counter
 from typing import Any, NoReturn
 
 
@@ -32,8 +33,7 @@ def shown(text: str) -> str:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
-        seen: set[str] = set()
-        repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise ValueError(f"repeats the key {shown(repeated)}")
     return table
 

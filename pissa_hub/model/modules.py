@@ -90,7 +90,7 @@ def resolve_layout(config: Mapping[str, Any] | None, tensors: Mapping[str, tuple
         modules = _stored_modules(skeleton.model, tensors)
     except UnknownModelError as error:
         return _layout_by_name(tensors, str(error))
-    except Exception as error:
+    except Exception as error:  # a hostile or merely unusual config can make transformers raise anything
         reason = " ".join(str(error).split())[:200]
         return _layout_by_name(tensors, f"transformers rejects config.json ({type(error).__name__}: {reason})")
     if not modules:
