@@ -29,7 +29,7 @@ from benchmarks.results import machine, markdown_table, save, versions  # noqa: 
 from pissa_hub.checkpoint import writer  # noqa: E402
 from pissa_hub.checkpoint.reader import ShardReader  # noqa: E402
 from pissa_hub.factorization.precision import exact_fp32  # noqa: E402
-from pissa_hub.pipeline import decompose, stream  # noqa: E402
+from pissa_hub.pipeline import decompose, device, job, workers  # noqa: E402
 from pissa_hub.pipeline.settings import Settings  # noqa: E402
 
 
@@ -57,7 +57,7 @@ class Stopwatch:
 
     def count_products(self) -> None:
         """Count the floating-point operations of the SVDs and residuals from now on."""
-        svd: Callable[..., Any] = getattr(stream, "truncated_svd")  # noqa: B009  (imported there, not exported)
+        svd: Callable[..., Any] = getattr(workers, "truncated_svd")  # noqa: B009  (imported there, not exported)
 
         def counted(weight: torch.Tensor, rank: int, *arguments: Any, **options: Any) -> Any:
             result = svd(weight, rank, *arguments, **options)
@@ -65,7 +65,7 @@ class Stopwatch:
                 self.flops += 2.0 * weight.numel() * (result.products + rank)
             return result
 
-        setattr(stream, "truncated_svd", counted)  # noqa: B010  (mypy guards the module's own attribute)
+        setattr(workers, "truncated_svd", counted)  # noqa: B010  (mypy guards the module's own attribute)
 
 
 def gemm_rate(size: int = 2048) -> float:
@@ -93,17 +93,17 @@ def main() -> None:
     watch = Stopwatch()
     watch.seconds["start-up: imports"] = perf_counter() - STARTED
     watch.time(ShardReader, "read_into", "read and hash")
-    watch.time(stream, "decode", "decode to fp32")
-    watch.time(stream, "truncated_svd", "certified SVD")
+    watch.time(workers, "decode", "decode to fp32")
+    watch.time(workers, "truncated_svd", "certified SVD")
     watch.count_products()
-    watch.time(stream, "subtract", "residual and its deviation")
+    watch.time(workers, "subtract", "residual and its deviation")
     watch.time(writer.ShardWriter, "write", "write and hash")
     watch.time(writer.ShardWriter, "commit", "force to disk")
     watch.time(decompose, "plan_decomposition", "start-up: plan, with transformers' imports")
-    watch.time(decompose, "stream", "(wall) stream")
+    watch.time(job, "stream", "(wall) stream")
     watch.time(decompose, "finish", "(wall) finish")
     plan = decompose.plan_decomposition(arguments.source, Settings(rank=arguments.rank))
-    workers = stream.worker_count(plan.weights, torch.device("cpu"))
+    count = device.worker_count(max(weight.stored.numel for weight in plan.weights), torch.device("cpu"))
     decompose.run(plan, output, torch.device("cpu"))
     wall = perf_counter() - STARTED
     shutil.rmtree(output)
@@ -112,7 +112,7 @@ def main() -> None:
     rows += [["(wall) whole", f"{wall:.2f}"], ["GEMM floor of the arithmetic", f"{watch.flops / rate:.2f}"]]
     summary = "\n\n".join(
         [
-            f"decompose of {plan.input_bytes / 1e9:.2f} GB at rank {arguments.rank}, {workers} weight(s) at a time. "
+            f"decompose of {plan.input_bytes / 1e9:.2f} GB at rank {arguments.rank}, {count} weight(s) at a time. "
             f"{machine()}; {', '.join(f'{name} {number}' for name, number in versions('torch').items())}.",
             markdown_table(["stage", "seconds, all threads"], rows),
             f"{watch.flops / 1e12:.2f} TFLOP of products at {rate / 1e9:.0f} GFLOP/s; "

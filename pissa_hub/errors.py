@@ -50,3 +50,7 @@ class ManifestError(PissaHubError):
 
 class VerificationError(PissaHubError):
     """Files on disk differ from what the manifest promises."""
+
+
+class AdapterError(PissaHubError):
+    """An adapter cannot be read, converted or merged, or belongs to another base or initialisation."""

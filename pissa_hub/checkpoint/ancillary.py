@@ -30,8 +30,11 @@ WEIGHT_SUFFIXES: frozenset[str] = PICKLE_SUFFIXES | {
 
 _INDEX = re.compile(r".*\.(safetensors|bin|h5|msgpack)\.index(\.[^/]*)?\.json", re.IGNORECASE)
 _OTHER_FORMATS = frozenset({"original", "onnx", "openvino", "coreml", "runs", "__pycache__"})
+# What pissa_hub writes beside a model is true of that folder only.
+_INITIAL_ADAPTER = "pissa_init"
+_RECORDS = frozenset({"pissa_manifest.json", "pissa_conversion.json", "pissa_merge.json"})
 # transformers would load the adapter that adapter_config.json describes; its weights are not carried.
-_NOT_CARRIED = frozenset({"README.md", "adapter_config.json"})
+_NOT_CARRIED = _RECORDS | {"README.md", "adapter_config.json"}
 _LICENSE = re.compile(r"^license:[ \t]*[\"']?([\w.+-]+)[\"']?[ \t]*$", re.MULTILINE)
 _MAX_README_BYTES = 1 << 20
 _MAX_MODULES_BYTES = 1 << 20
@@ -41,8 +44,8 @@ def other_files(root: Path) -> tuple[str, ...]:
     """Relative POSIX names of the regular files to carry over, sorted.
 
     Left out are weights in every format, their indexes, hidden files, exports to other formats, training
-    leftovers and the README, which is written anew. The safetensors of a sentence-transformers module
-    (``2_Dense/``) are carried.
+    leftovers, what ``decompose`` and its sister commands add, and the README, which is written anew. The
+    safetensors of a sentence-transformers module (``2_Dense/``) are carried.
 
     Raises:
         CheckpointError: such a module has pickle weights only; without them the result would not load. Or a
@@ -59,8 +62,8 @@ def other_files(root: Path) -> tuple[str, ...]:
             weights = weights - {".safetensors"}
         for name in files:
             is_weight = _suffix(name) in weights or _INDEX.fullmatch(name)
-            is_ours = folder == str(root) and name in _NOT_CARRIED
-            if not (is_weight or is_ours or name.startswith(".")) and Path(folder, name).is_file():
+            is_of_root = folder == str(root) and name in _NOT_CARRIED
+            if not (is_weight or is_of_root or name.startswith(".")) and Path(folder, name).is_file():
                 carried.append(_checked(root, (relative / name).as_posix()))
     return tuple(sorted(carried))
 
@@ -107,7 +110,7 @@ def _module_folders(root: Path) -> set[PurePosixPath]:
 
 
 def _is_skipped_folder(name: str) -> bool:
-    return name.startswith((".", "checkpoint-")) or name in _OTHER_FORMATS
+    return name.startswith((".", "checkpoint-")) or name == _INITIAL_ADAPTER or name in _OTHER_FORMATS
 
 
 def _refuse_pickled_module(folder: Path, files: list[str]) -> None:

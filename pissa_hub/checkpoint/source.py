@@ -74,7 +74,19 @@ class Checkpoint:
 
 
 def open_checkpoint(source: str | Path) -> Checkpoint:
-    """Read the headers and configuration of a checkpoint.
+    """:func:`read_checkpoint`, of an original: what is decomposed already is refused.
+
+    Raises:
+        CheckpointError: as :func:`read_checkpoint`, or the folder holds a decomposition.
+    """
+    path = Path(source)
+    if path.exists():
+        _refuse_decomposed(_folder_of(path))
+    return read_checkpoint(source)
+
+
+def read_checkpoint(source: str | Path) -> Checkpoint:
+    """Read the headers and configuration of a checkpoint, an original or a residual base.
 
     Args:
         source: a folder, or a ``.safetensors`` file that is a whole checkpoint by itself.
@@ -85,9 +97,9 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     path = Path(source)
     if not path.exists():
         raise _absent(str(source))
-    root = path if path.is_dir() else path.parent
+    root = _folder_of(path)
     with reading(root):
-        _refuse_foreign(root)
+        _refuse_adapter(root)
         index_bytes = _bounded_bytes(root / INDEX_NAME, _MAX_INDEX_BYTES)
         index = None if index_bytes is None else parse_index(root / INDEX_NAME, index_bytes)
         if index is None:
@@ -122,11 +134,19 @@ def _absent(source: str) -> CheckpointError:
     return CheckpointError(fact, f"run `hf download {hub_id[1]} --local-dir FOLDER` first and give FOLDER")
 
 
-def _refuse_foreign(root: Path) -> None:
-    for name in _DECOMPOSED:
-        if (root / name).exists():
-            fact = f"{root} is already decomposed: it holds {name}"
-            raise CheckpointError(fact, "give the original checkpoint")
+def _folder_of(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
+
+
+def _refuse_decomposed(root: Path) -> None:
+    with reading(root):
+        for name in _DECOMPOSED:
+            if (root / name).exists():
+                fact = f"{root} is already decomposed: it holds {name}"
+                raise CheckpointError(fact, "give the original checkpoint")
+
+
+def _refuse_adapter(root: Path) -> None:
     if (root / "adapter_config.json").exists() and not (root / "config.json").exists():
         raise CheckpointError(f"{root} holds a PEFT adapter, not a model", "give its base model instead")
 

@@ -7,7 +7,7 @@ layouts, fused experts); its own rules are applied here to a model without weigh
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -62,6 +62,8 @@ class ModelLayout:
         note: one sentence for the user if names could not be mapped, else None.
         all_module_names: paths of all modules in memory, stored or not, containers too: what PEFT matches
             ``target_modules`` against.
+        keys: stored tensor -> its key in the model's state dict, biases and buffers too, of all that loading does
+            not recombine with others and the model does not ignore.
     """
 
     modules: tuple[WeightModule, ...]
@@ -70,6 +72,7 @@ class ModelLayout:
     task_type: str | None
     note: str | None
     all_module_names: tuple[str, ...]
+    keys: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 def resolve_layout(config: Mapping[str, Any] | None, tensors: Mapping[str, tuple[int, ...]]) -> ModelLayout:
@@ -87,7 +90,8 @@ def resolve_layout(config: Mapping[str, Any] | None, tensors: Mapping[str, tuple
         return _layout_by_name(tensors, "there is no config.json")
     try:
         skeleton = build_skeleton(config)
-        modules = _stored_modules(skeleton.model, tensors)
+        keys = _memory_keys(skeleton.model, tensors)
+        modules = _stored_modules(skeleton.model, tensors, keys)
     except UnknownModelError as error:
         return _layout_by_name(tensors, str(error))
     except Exception as error:  # a hostile or merely unusual config can make transformers raise anything
@@ -102,18 +106,19 @@ def resolve_layout(config: Mapping[str, Any] | None, tensors: Mapping[str, tuple
         task_type=skeleton.task_type,
         note=None,
         all_module_names=tuple(name for name, _ in skeleton.model.named_modules(remove_duplicate=False) if name),
+        keys=_plain_keys(skeleton.model, keys),
     )
 
 
-def _stored_modules(model: Any, tensors: Mapping[str, tuple[int, ...]]) -> tuple[WeightModule, ...]:
+def _stored_modules(
+    model: Any, tensors: Mapping[str, tuple[int, ...]], keys: Mapping[str, tuple[str, bool]]
+) -> tuple[WeightModule, ...]:
     modules = dict(model.named_modules(remove_duplicate=False))
     parameters = dict(model.named_parameters(remove_duplicate=False))
     names_of: defaultdict[int, list[str]] = defaultdict(list)
     for key, parameter in parameters.items():
         names_of[id(parameter)].append(_module_name(key))
     heads = _output_heads(model)
-
-    keys = _memory_keys(model, tensors)
     fused_names = {_leaf(_module_name(tensor)) for tensor, (_, converted) in keys.items() if converted}
 
     found = []
@@ -163,6 +168,11 @@ def _memory_keys(model: Any, tensors: Mapping[str, tuple[int, ...]]) -> dict[str
             key, converter = rename_source_key(tensor, [], [], prefix, state)
         keys[tensor] = (key, converter is not None)
     return {tensor: keys[tensor] for tensor in tensors}
+
+
+def _plain_keys(model: Any, keys: Mapping[str, tuple[str, bool]]) -> dict[str, str]:
+    state = model.state_dict()
+    return {tensor: key for tensor, (key, converted) in keys.items() if key in state and not converted}
 
 
 def _output_heads(model: Any) -> tuple[str, ...]:
@@ -218,4 +228,5 @@ def _layout_by_name(tensors: Mapping[str, tuple[int, ...]], reason: str) -> Mode
         task_type=None,
         note=f"{reason}, so 2-D weights were taken by their checkpoint names",
         all_module_names=tuple(module.name for module in modules),
+        keys={tensor: tensor for tensor in tensors},
     )

@@ -110,8 +110,8 @@ def peft_patterns(targets: Sequence[Target], rank: int, alpha: float | None) -> 
     """
     default_alpha = float(rank if alpha is None else alpha)
     return (
-        _patterns({target.module.name: target.rank for target in targets}, rank),
-        _patterns({target.module.name: target.alpha for target in targets}, default_alpha),
+        patterns({target.module.name: target.rank for target in targets}, rank),
+        patterns({target.module.name: target.alpha for target in targets}, default_alpha),
     )
 
 
@@ -230,7 +230,7 @@ def _suggestion(wanted: str, modules: Iterable[WeightModule]) -> str:
     return f"{hint}there are {', '.join(leaves) or 'no Linear or Conv1D weights'}"
 
 
-def _patterns(values: Mapping[str, _Value], default: _Value) -> dict[str, _Value]:
+def patterns(values: Mapping[str, _Value], default: _Value) -> dict[str, _Value]:
     """Regex -> value for the names whose value is not the default, one per group with a common ending."""
     values_of = defaultdict(set)
     for name, value in values.items():

@@ -22,7 +22,7 @@ CARD_NAME = "README.md"
 
 
 def finish(plan: Plan, receipts: Sequence[Receipt], output: Path, work: WorkFolder, device: torch.device) -> Manifest:
-    """Write all that is not a shard; the manifest makes the folder finished, and ``.pissa/`` goes after it.
+    """Write all that is not a shard; the manifest, written last, makes the folder finished.
 
     Args:
         plan: what was done.
@@ -57,7 +57,6 @@ def finish(plan: Plan, receipts: Sequence[Receipt], output: Path, work: WorkFold
     )
     files[CARD_NAME] = write_file_atomic(output / CARD_NAME, residual_card(plan, manifest).encode())
     write_file_atomic(output / MANIFEST_NAME, manifest.to_bytes())
-    work.remove()
     return manifest
 
 

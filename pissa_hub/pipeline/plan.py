@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -50,9 +50,18 @@ class WeightPlan:
     scaling: float
 
     @property
+    def name(self) -> str:
+        return self.target.module.name
+
+    @property
     def is_conv1d(self) -> bool:
         """Whether the weight is stored as (in, out)."""
         return self.target.module.kind == "conv1d"
+
+    @property
+    def room(self) -> int:
+        """Bytes of the buffer that the weight is read into and the residual is written from."""
+        return max(self.stored.nbytes, replace(self.stored, dtype=self.residual_dtype).nbytes)
 
 
 @dataclass(frozen=True)
@@ -155,16 +164,21 @@ def make_plan(checkpoint: Checkpoint, layout: ModelLayout, settings: Settings) -
         alpha=settings.alpha,
         rank_pattern=settings.rank_pattern,
     )
-    by_tensor = {target.module.tensor: target for target in targets}
-    shards = tuple(_plan_shard(shard, by_tensor, settings) for shard in checkpoint.shards)
+    shards = plan_shards(checkpoint, targets, settings)
     weights = [weight for shard in shards for weight in shard.weights.values()]
     adapter = build_header(canonical(spec for weight in weights for spec in (weight.lora_A, weight.lora_B)), _METADATA)
     generated = {f"{ADAPTER_FOLDER}/{ADAPTER_CONFIG_NAME}": _adapter_config(layout, targets, settings)}
     if checkpoint.config is not None:
-        generated["config.json"] = _model_config(checkpoint, weights)
+        generated["config.json"] = model_config(checkpoint, weights)
     if checkpoint.index is not None:
-        generated[INDEX_NAME] = _index(checkpoint, shards)
+        generated[INDEX_NAME] = index_bytes(checkpoint, shards)
     return Plan(checkpoint, settings, layout, shards, adapter, generated)
+
+
+def plan_shards(checkpoint: Checkpoint, targets: Iterable[Target], settings: Settings) -> tuple[ShardPlan, ...]:
+    """What becomes of every shard. Raises MatrixError for a target that cannot be decomposed as it is stored."""
+    by_tensor = {target.module.tensor: target for target in targets}
+    return tuple(_plan_shard(shard, by_tensor, settings) for shard in checkpoint.shards)
 
 
 def _plan_shard(shard: Shard, by_tensor: Mapping[str, Target], settings: Settings) -> ShardPlan:
@@ -233,7 +247,7 @@ def _adapter_config(layout: ModelLayout, targets: tuple[Target, ...], settings: 
     )
 
 
-def _model_config(checkpoint: Checkpoint, weights: list[WeightPlan]) -> bytes:
+def model_config(checkpoint: Checkpoint, weights: Iterable[WeightPlan]) -> bytes:
     """config.json as stored, unless loading would round the residuals to the dtype that it names."""
     config = dict(checkpoint.config or {})
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
@@ -244,7 +258,7 @@ def _model_config(checkpoint: Checkpoint, weights: list[WeightPlan]) -> bytes:
     return _json({**config, key: "float32"})
 
 
-def _index(checkpoint: Checkpoint, shards: tuple[ShardPlan, ...]) -> bytes:
+def index_bytes(checkpoint: Checkpoint, shards: Sequence[ShardPlan]) -> bytes:
     """The index as stored, unless a changed dtype changes its total size."""
     if all(shard.output.file_size == shard.source.header.file_size for shard in shards):
         assert checkpoint.index_bytes is not None

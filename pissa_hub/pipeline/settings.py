@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from pissa_hub.errors import PlanError
@@ -69,6 +69,12 @@ class Settings:
             f"dtype {self.residual_dtype!r}",
             f"use {SOURCE_DTYPE} or {_choices()}",
         )
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any]) -> Settings:
+        """What :meth:`as_dict` gave. Raises PlanError for settings that this version does not know."""
+        names = {option.name for option in fields(cls)}
+        return cls(**{name: value for name, value in table.items() if name in names and value is not None})
 
     def scaling(self, rank: int, alpha: float) -> float:
         """s of a weight: what PEFT multiplies B A by."""

@@ -150,6 +150,7 @@ class Team(Generic[T]):
     """
 
     def __init__(self, size: int, equip: Callable[[], T]) -> None:
+        self.size = size
         self._threads_before = torch.get_num_threads()
         self._idle: SimpleQueue[T] = SimpleQueue()
         for _ in range(size):

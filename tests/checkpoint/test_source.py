@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from pissa_hub.checkpoint import source
 from pissa_hub.checkpoint.index import INDEX_NAME
-from pissa_hub.checkpoint.source import Checkpoint, open_checkpoint
+from pissa_hub.checkpoint.source import Checkpoint, open_checkpoint, read_checkpoint
 from pissa_hub.errors import CheckpointError, HeaderError
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -194,6 +194,7 @@ NOT_CARRIED = [
         "arrays.npz",
         "x.pkl",
     ),
+    *("pissa_conversion.json", "pissa_merge.json"),
     *("__pycache__/x.pyc", "docs/onnx/x.txt", "model.ckpt", "model.pth", "model.tflite", "model.mlmodel"),
 ]
 
@@ -201,6 +202,14 @@ NOT_CARRIED = [
 def test_what_is_carried_over(single: Path) -> None:
     fill(single, **dict.fromkeys([*CARRIED, *NOT_CARRIED], "x"))
     assert open_checkpoint(single).other_files == tuple(sorted([*CARRIED, "config.json"]))
+
+
+def test_residual_base_is_read_without_what_was_added_to_it(single: Path) -> None:
+    original = open_checkpoint(single)
+    fill(single, **dict.fromkeys(["pissa_manifest.json", "pissa_init/adapter_config.json", "README.md"], "x"))
+    assert "is already decomposed" in refusal(single)
+    residual = read_checkpoint(single)
+    assert (residual.shards, residual.other_files) == (original.shards, original.other_files)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need rights")

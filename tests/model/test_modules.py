@@ -103,6 +103,29 @@ def test_adapter_by_our_names_loads_with_peft(architecture, tmp_path):
         assert not torch.allclose(loaded.eval()(**inputs)[0], plain)
 
 
+@pytest.mark.parametrize("architecture", [*DENSE, *COMPOSITE])
+def test_every_tensor_that_loading_leaves_whole_has_its_key_in_memory(architecture, tmp_path):
+    """The judge is the model that was saved; only experts are fused while loading."""
+    model = tiny_model(architecture)
+    saved = save(model, tmp_path)
+    keys = layout_of(saved).keys
+    state = model.state_dict()
+    stored = load_file(tmp_path / "model.safetensors")
+    for tensor, key in keys.items():
+        assert torch.equal(state[key], stored[tensor]), tensor
+    missing = set(saved.tensors) - set(keys)
+    assert all(".experts." in tensor for tensor in missing)
+    assert bool(missing) == (architecture in {"MixtralForCausalLM", "Qwen3MoeForCausalLM", "DeepseekV3ForCausalLM"})
+    biases = {name for name in saved.tensors if name.endswith(".bias")}
+    assert biases <= set(keys)
+
+
+def test_tensor_that_the_model_ignores_has_no_key(tmp_path):
+    saved = save(tiny_model("BertModel"), tmp_path)
+    layout = resolve_layout(saved.config, {**saved.tensors, "cls.predictions.bias": (48,)})
+    assert set(layout.keys) == set(saved.tensors)
+
+
 @pytest.mark.parametrize(
     ("architecture", "auto_class", "task_type"),
     [
@@ -281,6 +304,7 @@ class TestWithoutAModel:
         assert layout.note.endswith("so 2-D weights were taken by their checkpoint names")
         assert "\n" not in layout.note
         assert (layout.architecture, layout.auto_class, layout.task_type) == (None, "AutoModel", None)
+        assert layout.keys == {tensor: tensor for tensor in UNKNOWN_TENSORS}
         kinds = {module.name: module.kind for module in layout.modules}
         assert kinds == {
             "tower.embed_tokens": "embedding",

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pissa_hub import decompose, verify
-from pissa_hub.errors import OutputError
+from pissa_hub.errors import MatrixError, OutputError
 from pissa_hub.pipeline.decompose import plan_decomposition, run
 from pissa_hub.pipeline.settings import Settings
 
@@ -221,6 +221,20 @@ def test_shards_whose_source_changed_are_redone(
     decompose(source, tmp_path / "fresh", rank=4)
     assert files_of(output) == files_of(tmp_path / "fresh")
     assert verify(output, source, sample=-1).is_sound
+
+
+def test_nothing_is_left_if_the_source_turned_bad(
+    tiny_checkpoint: Factory, snapshots: list[Path], tmp_path: Path
+) -> None:
+    """Not even of the files that come after the shards."""
+    output = Path(shutil.copytree(snapshots[-3], tmp_path / "out"))
+    assert (output / "README.md").exists()
+    source = Path(shutil.copytree(small(tiny_checkpoint), tmp_path / "source"))
+    for path in source.glob("*.safetensors"):
+        save_file({name: tensor * float("nan") for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    with pytest.raises(MatrixError, match="NaN"):
+        decompose(source, output, rank=4)
+    assert not list(output.iterdir())
 
 
 def test_finished_folder_is_left_as_it_is(

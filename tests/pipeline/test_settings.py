@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -70,6 +71,20 @@ def test_only_what_matters_to_the_method_is_recorded() -> None:
     assert Settings(svd="randomized", tolerance=0.1).as_dict() == Settings(svd="randomized").as_dict()
     assert Settings(svd="randomized", niter=7).as_dict() != Settings(svd="randomized").as_dict()
     assert Settings(tolerance=0.1).as_dict() != Settings().as_dict()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Settings(),
+        Settings(rank=3, alpha=1.5, use_rslora=True, rank_pattern={"q_proj": 2}, targets="re:.*", exclude="lm_head"),
+        Settings(svd="randomized", niter=0, seed=7, adapter_dtype="float16", residual_dtype="bfloat16"),
+        Settings(tolerance=0.1),
+    ],
+)
+def test_come_back_from_what_is_recorded(settings: Settings) -> None:
+    assert Settings.from_dict(settings.as_dict()) == settings
+    assert Settings.from_dict(json.loads(json.dumps(settings.as_dict()))) == settings
 
 
 def test_whole_alpha_is_the_same_as_int_and_as_float() -> None:

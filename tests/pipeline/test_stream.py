@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from pissa_hub import decompose
-from pissa_hub.checkpoint.reader import ShardReader
+from pissa_hub.checkpoint.header import Header, TensorSpec, build_header
+from pissa_hub.checkpoint.reader import BufferPool, ShardReader
+from pissa_hub.checkpoint.source import Shard, read_checkpoint
 from pissa_hub.checkpoint.writer import ShardWriter
-from pissa_hub.errors import CheckpointError, OutputError
+from pissa_hub.errors import CheckpointError, OutputError, VerificationError
 from pissa_hub.pipeline import stream
+from pissa_hub.pipeline.receipts import Receipt, WorkFolder
+from pissa_hub.progress import Silent
 
 from ..conftest import SHARDED, Factory
 from ..helpers import files_of, tensors_of
@@ -96,3 +104,109 @@ def test_progress_counts_every_byte_once(tiny_checkpoint: Factory, tmp_path: Pat
     outcome = decompose(source, tmp_path / "out", rank=4, progress=progress)
     assert progress.done == progress.expected == sum(tensor.nbytes for tensor in tensors_of(source).values())
     assert sorted(progress.weights) == sorted(weight.module for weight in outcome.manifest.weights)
+
+
+@dataclass(frozen=True)
+class Doubled:
+    """A weight that becomes float64, with its double beside it."""
+
+    stored: TensorSpec
+
+    @property
+    def name(self) -> str:
+        return self.stored.name
+
+    @property
+    def room(self) -> int:
+        return 4 * self.stored.nbytes
+
+    @property
+    def outputs(self) -> list[TensorSpec]:
+        wide = replace(self.stored, dtype="F64")
+        return [wide, replace(wide, name=f"{self.name}.double")]
+
+
+@dataclass(frozen=True)
+class DoubledShard:
+    source: Shard
+    weights: Mapping[str, Doubled]
+    adapter: Header | None = None
+
+    @property
+    def output(self) -> Header:
+        entries = self.source.header.entries
+        kept = [entry.spec for entry in entries if entry.name not in self.weights]
+        return build_header([spec for weight in self.weights.values() for spec in weight.outputs] + kept, {})
+
+
+def double(weight: Doubled, data: memoryview) -> stream.Made:
+    assert data.nbytes == weight.room
+    stored = torch.frombuffer(data, dtype=torch.float32, count=weight.stored.numel).double()
+    replaced = torch.frombuffer(data, dtype=torch.float64).view(2, -1)
+    replaced[0], replaced[1] = stored, 2 * stored
+    half = data.nbytes // 2
+    return stream.Made({weight.name: data[:half], f"{weight.name}.double": data[half:]}, {})
+
+
+def doubled_shards(source: Path) -> list[DoubledShard]:
+    return [
+        DoubledShard(shard, {entry.name: Doubled(entry.spec) for entry in shard.header.entries if len(entry.shape) > 1})
+        for shard in read_checkpoint(source).shards
+    ]
+
+
+def work_in(output: Path) -> WorkFolder:
+    work = WorkFolder(output, "digest")
+    work.create({})
+    return work
+
+
+@pytest.mark.parametrize("budget", [1, 60_000, 64 << 20])
+def test_worker_may_widen_and_add_tensors(
+    tiny_checkpoint: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: int
+) -> None:
+    """What it writes counts in the buffers' budget."""
+    source = tiny_checkpoint(shard_size=SHARDED)
+    pools: list[BufferPool] = []
+    acquired = BufferPool.acquire
+
+    def acquire(pool: BufferPool, nbytes: int) -> Any:
+        pools.append(pool)
+        buffer = acquired(pool, nbytes)
+        assert pool.allocated <= limit
+        return buffer
+
+    shards = doubled_shards(source)
+    largest = max(weight.room for shard in shards for weight in shard.weights.values())
+    limit = max(budget, 3 * largest)
+    monkeypatch.setattr(stream, "BUFFER_BUDGET", budget)
+    monkeypatch.setattr(BufferPool, "acquire", acquire)
+    output, found = tmp_path / "out", {}
+    in_time(lambda: stream.stream(shards, output, work_in(output), lambda: double, 2, lambda receipt: None, Silent()))
+    assert len(pools) == sum(len(shard.source.header.entries) for shard in shards)
+    for path in output.glob("*.safetensors"):
+        found |= load_file(path)
+    for name, tensor in tensors_of(source).items():
+        if tensor.dim() > 1:
+            assert torch.equal(found.pop(name), tensor.double())
+            assert torch.equal(found.pop(f"{name}.double"), 2 * tensor.double())
+        else:
+            assert torch.equal(found.pop(name), tensor)
+    assert not found
+
+
+def test_shard_counts_only_if_it_is_accepted(tiny_checkpoint: Factory, tmp_path: Path) -> None:
+    shards = doubled_shards(tiny_checkpoint(shard_size=SHARDED))
+    output = tmp_path / "out"
+    work = work_in(output)
+
+    def accept(receipt: Receipt) -> None:
+        if receipt.shard == shards[1].source.name:
+            raise VerificationError("another shard", "give the right one")
+
+    with pytest.raises(VerificationError, match="another shard"):
+        in_time(lambda: stream.stream(shards, output, work, lambda: double, 2, accept, Silent()))
+    first, second = work.receipt(shards[0].source), work.receipt(shards[1].source)
+    assert first is not None
+    assert first.weights == ()
+    assert second is None

@@ -1,0 +1,138 @@
+"""``restore``: the folder that ``decompose`` wrote, from the original checkpoint and the initial adapter; no SVD."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pissa_hub.adapter.initial import open_decomposed
+from pissa_hub.checkpoint.reader import sha256_file
+from pissa_hub.checkpoint.source import open_checkpoint
+from pissa_hub.checkpoint.writer import FileDigest, copy_file_atomic, write_file_atomic
+from pissa_hub.errors import MatrixError, OutputError
+from pissa_hub.manifest import MANIFEST_NAME, Manifest
+from pissa_hub.pipeline.device import pick_device, worker_count
+from pissa_hub.pipeline.job import carry_out, check_whole
+from pissa_hub.pipeline.plan import ShardPlan
+from pissa_hub.pipeline.receipts import Receipt, WorkFolder
+from pissa_hub.pipeline.restoration import Restoration, plan_restoration
+from pissa_hub.pipeline.workers import Restorer
+from pissa_hub.progress import Progress
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a call of :func:`restore` did.
+
+    Attributes:
+        manifest: of the folder.
+        was_finished: whether the folder had been finished before and nothing was done.
+        carried_over: shards that an earlier, interrupted run had finished.
+    """
+
+    manifest: Manifest
+    was_finished: bool
+    carried_over: int
+
+
+def restore(
+    source: str | Path,
+    init: str | Path,
+    output: str | Path,
+    *,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> Restored:
+    """Write the folder that ``decompose`` wrote once more, byte for byte.
+
+    A folder that an interrupted call left is carried on with; one that is finished is left as it is.
+
+    Args:
+        source: folder of the checkpoint that was decomposed.
+        init: folder with ``pissa_manifest.json`` and ``pissa_init/``, or that ``pissa_init`` itself.
+        output: folder to write; absent, empty, or of the same restoration.
+        device: ``auto`` (the first GPU, else the CPU), ``cpu``, ``cuda``, ``cuda:1``, ...
+        progress: told how far it is.
+
+    Raises:
+        ManifestError: ``init`` has no manifest that can be used.
+        AdapterError: its adapter is not the one that the manifest names.
+        VerificationError: the source is not the one that the manifest names, or a file comes out with another hash.
+        PissaHubError: see ``errors``; in all these cases nothing is left behind.
+    """
+    initial, manifest = open_decomposed(init)
+    plan = plan_restoration(open_checkpoint(source), initial, manifest)
+    try:
+        done = carry_out(_Restoring(plan, pick_device(device)), Path(output), progress)
+    except MatrixError as error:  # not with the weights that were decomposed
+        raise plan.not_the_source(error.fact) from None
+    return Restored(manifest, done.was_finished, done.carried_over)
+
+
+@dataclass(frozen=True)
+class _Restoring:
+    """A restoration as a job."""
+
+    plan: Restoration
+    device: torch.device
+
+    marker = MANIFEST_NAME
+
+    @property
+    def inputs(self) -> Mapping[str, Path]:
+        return {"source": self.plan.checkpoint.root, "folder of the initial adapter": self.plan.root}
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(b"restore " + (self.plan.root / MANIFEST_NAME).read_bytes()).hexdigest()
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return self.plan.manifest.settings
+
+    @property
+    def shards(self) -> Sequence[ShardPlan]:
+        return self.plan.shards
+
+    @property
+    def workers(self) -> int:
+        numels = [weight.stored.numel for shard in self.plan.shards for weight in shard.weights.values()]
+        return worker_count(max(numels), self.device)
+
+    @property
+    def file_names(self) -> Collection[str]:
+        return self.plan.manifest.files
+
+    def worker(self) -> Restorer:
+        return Restorer(self.plan.adapter, self.plan.adapter_header, self.device)
+
+    def disk_bytes(self, held: frozenset[str]) -> int:
+        return sum(digest.size for name, digest in self.plan.manifest.files.items() if name not in held)
+
+    def recognise(self, output: Path) -> Manifest:
+        if (output / MANIFEST_NAME).read_bytes() != (self.plan.root / MANIFEST_NAME).read_bytes():
+            raise OutputError(f"{output} holds another decomposition", "choose another folder or remove it")
+        check_whole(output, self.plan.manifest.files)
+        for shard in self.plan.shards:
+            self.plan.require_source(shard.name, FileDigest(*sha256_file(shard.source.path)))
+        return self.plan.manifest
+
+    def accept(self, receipt: Receipt) -> None:
+        self.plan.require_source(receipt.shard, receipt.source)
+        self.plan.require_same(receipt.shard, receipt.output)
+
+    def finish(self, receipts: Sequence[Receipt], output: Path, work: WorkFolder) -> Manifest:
+        for name, content in self.plan.others.items():
+            (output / name).parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, bytes):
+                digest = write_file_atomic(output / name, content)
+            else:
+                digest = copy_file_atomic(content, output / name)
+            self.plan.require_same(name, digest)
+        copy_file_atomic(self.plan.root / MANIFEST_NAME, output / MANIFEST_NAME)
+        return self.plan.manifest
