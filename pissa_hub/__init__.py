@@ -10,17 +10,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["PissaHubError", "__version__", "decompose", "verify"]
+__all__ = ["PissaHubError", "__version__", "convert", "decompose", "load", "merge", "restore", "verify"]
 
 if TYPE_CHECKING:
+    from pissa_hub.adapter.convert import convert
+    from pissa_hub.adapter.merge import merge
     from pissa_hub.errors import PissaHubError
+    from pissa_hub.loading import load
     from pissa_hub.pipeline.decompose import decompose
+    from pissa_hub.pipeline.restore import restore
     from pissa_hub.verification import verify
 
 
 _HOMES = {
     "PissaHubError": "pissa_hub.errors",
+    "convert": "pissa_hub.adapter.convert",
     "decompose": "pissa_hub.pipeline.decompose",
+    "load": "pissa_hub.loading",
+    "restore": "pissa_hub.pipeline.restore",
+    "merge": "pissa_hub.adapter.merge",
     "verify": "pissa_hub.verification",
 }
 

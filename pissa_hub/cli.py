@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -131,7 +132,9 @@ def decompose(
     """
     from pissa_hub import report
     from pissa_hub.hub.card import load_snippet
-    from pissa_hub.pipeline.decompose import free_space, pick_device, plan_decomposition, run
+    from pissa_hub.pipeline.decompose import plan_decomposition, run
+    from pissa_hub.pipeline.device import pick_device
+    from pissa_hub.pipeline.job import free_space
     from pissa_hub.pipeline.settings import Settings
     from pissa_hub.progress import Bar
 
@@ -170,6 +173,151 @@ def decompose(
         "was_finished": outcome.was_finished,
         "carried_over": outcome.carried_over,
         **report.manifest_json(outcome.manifest),
+    }
+    _print(output_format, result, text)
+
+
+class _Rank(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.2 only
+    """``exact``, ``auto`` or a number."""
+
+    name = "exact|N|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | int:
+        return int(value) if str(value).isdecimal() else str(value)
+
+
+@cli.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.option("--init", type=click.Path(path_type=Path), metavar="DIR", help="What the adapter started from.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option(
+    "--rank",
+    type=_Rank(),
+    default="exact",
+    show_default=True,
+    help="Rank of the LoRA: every direction that training changed, a number, or the smallest within --max-error.",
+)
+@click.option("--max-error", type=float, help="Largest relative error of a module's change, for --rank auto.")
+@click.option("--dtype", type=click.Choice(_DTYPES), default="float32", show_default=True, help="Of the LoRA.")
+@click.option(
+    "--for",
+    "server",
+    type=click.Choice(["peft", "vllm", "sglang", "llama.cpp", "tgi", "ollama"]),
+    default="peft",
+    show_default=True,
+    help="Write what this server accepts.",
+)
+@click.option("--base-model", metavar="ID", help="Hub id of the original model, where the manifest does not name it.")
+@click.option("--trust-init", is_flag=True, help="Do not compare the adapter's content with --init.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@_output_format
+def convert(adapter: Path, init: Path | None, output: Path, output_format: str, **options: Any) -> None:
+    """Turn the PiSSA adapter in ADAPTER into a standard LoRA for the original base.
+
+    DIR is what decompose wrote, its pissa_init folder, or what a trainer saved before the first step.
+    """
+    from pissa_hub import report
+    from pissa_hub.adapter.convert import convert as run_convert
+    from pissa_hub.adapter.initial import require_init
+    from pissa_hub.progress import Bar
+
+    init = require_init(adapter, init)
+    with Bar() as bar:
+        conversion = run_convert(adapter, init, output, progress=bar, **options)
+    record = conversion.record
+    for note in record.notes:
+        click.echo(f"note: {note}", err=True)
+
+    def text() -> str:
+        if conversion.was_finished:
+            return f"{output} is finished already: same adapter, same init, same settings; nothing to do"
+        return f"{report.conversion_text(record)}\n\n{adapter} -> {output}: {report.total_size(record.files)}"
+
+    result = {
+        "output": str(output),
+        "was_finished": conversion.was_finished,
+        **report.conversion_json(record),
+    }
+    _print(output_format, result, text)
+
+
+@cli.command()
+@click.argument("residual", type=click.Path(path_type=Path))
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["source", *_DTYPES]),
+    default="source",
+    show_default=True,
+    help="Of the result; source is each tensor's in the original.",
+)
+@click.option("--trust-init", is_flag=True, help="Do not compare the adapter's content with the residual's pissa_init.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@_output_format
+def merge(residual: Path, adapter: Path, output: Path, output_format: str, **options: Any) -> None:
+    """Merge the trained adapter in ADAPTER into the base in RESIDUAL: a full checkpoint in the source's layout.
+
+    DoRA, biases, embeddings and whole modules too. An adapter that convert wrote is merged into the original base.
+    A run that was interrupted carries on when the same command is given again.
+    """
+    from pissa_hub import report
+    from pissa_hub.adapter.merge import merge as run_merge
+    from pissa_hub.progress import Bar
+
+    with Bar() as bar:
+        merged = run_merge(residual, adapter, output, progress=bar, **options)
+    for note in merged.record.notes:
+        click.echo(f"note: {note}", err=True)
+
+    def text() -> str:
+        if merged.was_finished:
+            return f"{output} is finished already: same base, same adapter, same settings; nothing to do"
+        return f"{residual} + {adapter} -> {output}: {report.total_size(merged.record.files)}"
+
+    result = {
+        "output": str(output),
+        "was_finished": merged.was_finished,
+        "carried_over": merged.carried_over,
+        **asdict(merged.record),
+    }
+    _print(output_format, result, text)
+
+
+@cli.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option(
+    "--init", type=click.Path(path_type=Path), metavar="DIR", required=True, help="Folder with manifest and pissa_init."
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@_output_format
+def restore(source: Path, init: Path, output: Path, device: str, output_format: str) -> None:
+    """Write what decompose wrote of SOURCE once more, byte for byte, from its pissa_init: no SVD.
+
+    A run that was interrupted carries on when the same command is given again.
+    """
+    from pissa_hub import report
+    from pissa_hub.pipeline.restore import restore as run_restore
+    from pissa_hub.progress import Bar
+
+    with Bar() as bar:
+        restored = run_restore(source, init, output, device=device, progress=bar)
+    manifest = restored.manifest
+
+    def text() -> str:
+        if restored.was_finished:
+            return f"{output} is finished already; nothing to do"
+        return (
+            f"{source} + {init} -> {output}: {report.total_size(manifest.files)}, "
+            f"{len(manifest.files)} files with the hashes of the manifest"
+        )
+
+    result = {
+        "output": str(output),
+        "was_finished": restored.was_finished,
+        "carried_over": restored.carried_over,
+        **report.manifest_json(manifest),
     }
     _print(output_format, result, text)
 

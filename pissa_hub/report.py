@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pissa_hub.adapter.record import ConversionRecord
+from pissa_hub.checkpoint.writer import FileDigest
 from pissa_hub.comparison import Findings
 from pissa_hub.errors import OutputError
 from pissa_hub.manifest import Manifest, WeightRecord
@@ -37,6 +39,11 @@ def size(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
         nbytes /= 1000
     return f"{nbytes:.2f} TB"
+
+
+def total_size(files: Mapping[str, FileDigest]) -> str:
+    """Of a folder's files, see :func:`size`."""
+    return size(sum(digest.size for digest in files.values()))
 
 
 def plan_text(plan: Plan, free_bytes: int) -> str:
@@ -132,6 +139,31 @@ def manifest_json(manifest: Manifest) -> dict[str, Any]:
             "relative_frobenius": max(weight.reconstruction.relative_frobenius for weight in weights),
         },
     }
+
+
+def conversion_text(record: ConversionRecord) -> str:
+    """A line per kind of module: shapes, ranks, how much training changed it and how exact the result is."""
+    groups = defaultdict(list)
+    for module in record.modules:
+        groups[module_kind(module.module)].append(module)
+    rows = []
+    for kind, modules in groups.items():
+        updates = [module.update for module in modules if module.update is not None]
+        rows.append(
+            [
+                kind,
+                str(len(modules)),
+                _shapes({module.shape for module in modules}),
+                _span({module.rank for module in modules}),
+                f"{max(updates):.1e}" if updates else "new",
+                f"{max(module.error for module in modules):.1e}",
+            ]
+        )
+    return table(["module", "modules", "shape", "rank", "change / s B A", "error"], rows)
+
+
+def conversion_json(record: ConversionRecord) -> dict[str, Any]:
+    return {**asdict(record), "largest_error": record.largest_error}
 
 
 def findings_text(findings: Findings) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from .conftest import SHARDED, Factory
 from .helpers import ADAPTER, MANIFEST, ROOT, files_of, manifest_of, run_cli, run_python
 
 Capture = pytest.CaptureFixture[str]
-COMMANDS = ["decompose", "verify", "inspect", "demo"]
+COMMANDS = ["decompose", "verify", "inspect", "convert", "merge", "restore", "demo"]
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +228,86 @@ def test_help_needs_neither_torch_nor_transformers() -> None:
 def test_library_has_the_verbs_and_knows_no_others() -> None:
     import pissa_hub
 
-    assert sorted(pissa_hub.__all__) == ["PissaHubError", "__version__", "decompose", "verify"]
+    assert sorted(pissa_hub.__all__) == [
+        "PissaHubError",
+        "__version__",
+        "convert",
+        "decompose",
+        "load",
+        "merge",
+        "restore",
+        "verify",
+    ]
     assert all(getattr(pissa_hub, name) for name in pissa_hub.__all__)
     with pytest.raises(AttributeError, match="nonsense"):
         _ = pissa_hub.nonsense
+
+
+@pytest.fixture(scope="module")
+def adapter(output: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """pissa_init with every B 1 % longer."""
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(output / "pissa_init", tmp_path_factory.mktemp("trained") / "adapter"))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    longer = {name: 1.01 * tensor if "lora_B" in name else tensor for name, tensor in tensors.items()}
+    save_file(longer, folder / "adapter_model.safetensors")
+    return folder
+
+
+class TestAfterTraining:
+    """The commands that take what was trained; what they compute is judged in tests/adapter and tests/pipeline."""
+
+    def test_convert_prints_a_table_and_says_what_is_missing(
+        self, output: Path, adapter: Path, tmp_path: Path, capfd: Capture
+    ) -> None:
+        arguments = ("convert", adapter, "--init", output, "-o", tmp_path / "lora")
+        ran = run_cli(capfd, *arguments)
+        assert ran.code == 0
+        assert ran.out.startswith("module ")
+        assert "1.0e-02" in ran.out  # the change relative to s B A
+        assert ran.err.startswith("note: the original model's id is not known")
+        again = run_cli(capfd, *arguments)
+        assert again.code == 0
+        assert "is finished already" in again.out
+
+    def test_convert_prints_one_object(self, output: Path, adapter: Path, tmp_path: Path, capfd: Capture) -> None:
+        ran = run_cli(
+            capfd, "convert", adapter, "--init", output, "-o", tmp_path / "lora", "--format", "json", "--for", "vllm",
+            "--rank", "3", "--dtype", "bfloat16", "--base-model", "org/name",
+        )  # fmt: skip
+        assert (ran.code, ran.err) == (0, "")
+        result = json.loads(ran.out)
+        assert {module["rank"] for module in result["modules"]} == {8}
+        assert result["base"]["repo_id"] == "org/name"
+        assert result["settings"]["dtype"] == "bfloat16"
+        assert 1e-4 < result["largest_error"] < 4e-3
+
+    def test_convert_without_init_says_where_it_may_be(self, adapter: Path, tmp_path: Path, capfd: Capture) -> None:
+        error = run_cli(capfd, "convert", adapter, "-o", tmp_path / "lora").error
+        assert "--init" in error
+        assert "initial_model/" in error
+        assert not (tmp_path / "lora").exists()
+
+    def test_convert_refuses_ranks_that_are_none(self, adapter: Path, tmp_path: Path, capfd: Capture) -> None:
+        for rank in ("0", "all", "-1", "1.5"):
+            ran = run_cli(capfd, "convert", adapter, "--init", adapter, "-o", tmp_path / "lora", "--rank", rank)
+            assert "--rank" in ran.error
+
+    def test_merge(self, output: Path, adapter: Path, tmp_path: Path, capfd: Capture) -> None:
+        arguments = ("merge", output, adapter, "-o", tmp_path / "merged")
+        ran = run_cli(capfd, *arguments)
+        assert (ran.code, ran.err) == (0, "")
+        assert f"-> {tmp_path / 'merged'}" in ran.out
+        again = run_cli(capfd, *arguments, "--format", "json")
+        assert json.loads(again.out)["was_finished"]
+
+    def test_restore(
+        self, tiny_checkpoint: Factory, output: Path, adapter: Path, tmp_path: Path, capfd: Capture
+    ) -> None:
+        source = tiny_checkpoint(shard_size=SHARDED)
+        ran = run_cli(capfd, "restore", source, "--init", output / "pissa_init", "-o", tmp_path / "restored")
+        assert (ran.code, ran.err) == (0, "")
+        assert files_of(tmp_path / "restored") == files_of(output)
+        wrong = run_cli(capfd, "restore", source, "--init", adapter, "-o", tmp_path / "other")
+        assert "pissa_manifest.json" in wrong.error

@@ -1,0 +1,260 @@
+"""``merge``: a base and its adapter as one full checkpoint, streamed, in the base's own layout."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pissa_hub import __version__
+from pissa_hub.adapter.config import CONFIG_NAME
+from pissa_hub.adapter.initial import Initial, open_decomposed
+from pissa_hub.adapter.merge_plan import MergedShard, MergePlan, plan_merge
+from pissa_hub.adapter.merge_record import MERGE_NAME, MergeRecord, load_merge
+from pissa_hub.adapter.merger import Merger
+from pissa_hub.adapter.pairs import CONVERSION_NAME, Pair, pair_up, require_descent
+from pissa_hub.adapter.peft_files import WEIGHTS_NAME, Adapter, open_adapter
+from pissa_hub.adapter.record import load_conversion
+from pissa_hub.adapter.workers import Worker, in_order, team_of
+from pissa_hub.checkpoint.reader import sha256_file
+from pissa_hub.checkpoint.source import Checkpoint, read_checkpoint
+from pissa_hub.checkpoint.writer import FileDigest, copy_file_atomic, write_file_atomic
+from pissa_hub.errors import AdapterError, OutputError, PlanError, VerificationError
+from pissa_hub.hub.card import merged_card
+from pissa_hub.manifest import MANIFEST_NAME, SourceRecord
+from pissa_hub.model.modules import resolve_layout
+from pissa_hub.pipeline.device import pick_device, worker_count
+from pissa_hub.pipeline.job import carry_out, check_whole
+from pissa_hub.pipeline.receipts import Receipt, WorkFolder
+from pissa_hub.pipeline.settings import ADAPTER_DTYPES, SOURCE_DTYPE
+from pissa_hub.progress import Progress, Silent
+
+CARD_NAME = "README.md"
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a call of :func:`merge` did.
+
+    Attributes:
+        record: of the folder.
+        was_finished: whether the folder had been finished before and nothing was done.
+        carried_over: shards that an earlier, interrupted run had finished.
+    """
+
+    record: MergeRecord
+    was_finished: bool
+    carried_over: int
+
+
+def merge(
+    residual: str | Path,
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    dtype: str = SOURCE_DTYPE,
+    trust_init: bool = False,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> Merged:
+    """Merge a trained adapter into the base that it was trained on.
+
+    DoRA, biases, whole modules and embeddings too. A folder that an interrupted call left is carried on with.
+
+    Args:
+        residual: folder that ``decompose`` wrote; or the original checkpoint, for an adapter that ``convert`` wrote.
+        adapter: folder that the trainer, or ``convert``, saved.
+        output: folder to write; absent, empty, or of the same merge.
+        dtype: of the result: ``source`` (each tensor's in the original), float32, bfloat16 or float16.
+        trust_init: skip the check that the adapter descends from the residual's ``pissa_init`` by its content.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ...
+        progress: told how far it is.
+
+    Raises:
+        PissaHubError: see ``errors``; for a bad input nothing is left behind.
+    """
+    if dtype not in (SOURCE_DTYPE, *ADAPTER_DTYPES):
+        raise PlanError(f"dtype {dtype!r} cannot be used", f"use {SOURCE_DTYPE}, {', '.join(ADAPTER_DTYPES)}")
+    where, progress = pick_device(device), progress or Silent()
+    trained, checkpoint = open_adapter(Path(adapter)), read_checkpoint(residual)
+    parent = _residual(checkpoint, trained) if (checkpoint.root / MANIFEST_NAME).is_file() else _original(trained)
+    _require_shards(checkpoint, parent)
+    shapes = {entry.name: entry.shape for _, entry in checkpoint.tensors()}
+    plan = plan_merge(checkpoint, resolve_layout(checkpoint.config, shapes), trained, dtype, parent.source_dtypes)
+    if parent.initial is not None:
+        pairs = pair_up(trained, parent.initial)
+        if not trust_init and not (Path(output) / MERGE_NAME).exists():
+            _require_descent(trained, parent.initial, pairs, where, progress)
+    done = carry_out(_Merging(plan, trained, parent, dtype, where), Path(output), progress)
+    return Merged(done.result, done.was_finished, done.carried_over)
+
+
+@dataclass(frozen=True)
+class _Parent:
+    """What is known of a base.
+
+    Attributes:
+        source: the original model.
+        record: name of the file that says so.
+        shards: digests of the base's own shards; empty if nothing is known of them.
+        source_dtypes: tensor -> safetensors dtype in the original, of those that were decomposed.
+        initial: the adapter that belongs to a residual base; None for an original.
+    """
+
+    source: SourceRecord
+    record: str
+    shards: Mapping[str, FileDigest]
+    source_dtypes: Mapping[str, str]
+    initial: Initial | None
+
+    def another(self, path: Path) -> VerificationError:
+        """The error of a base that is not the one that the record names."""
+        remedy = "give the original base" if self.initial is None else "download or decompose the base again"
+        return VerificationError(f"{path} is not what {self.record} names", remedy)
+
+
+def _residual(checkpoint: Checkpoint, trained: Adapter) -> _Parent:
+    initial, manifest = open_decomposed(checkpoint.root)
+    if (trained.folder / CONVERSION_NAME).exists():
+        raise AdapterError(
+            f"{trained.folder} is converted: it belongs to the original, and {checkpoint.root} is a residual base",
+            "give the original checkpoint, or the adapter as it was trained",
+        )
+    shards = {shard.name: manifest.files[shard.name] for shard in checkpoint.shards if shard.name in manifest.files}
+    dtypes = {weight.tensor: weight.source_dtype for weight in manifest.weights}
+    return _Parent(manifest.source, MANIFEST_NAME, shards, dtypes, initial)
+
+
+def _original(trained: Adapter) -> _Parent:
+    if not (trained.folder / CONVERSION_NAME).exists():
+        raise AdapterError(
+            f"the base has no {MANIFEST_NAME}, and {trained.folder} is no adapter that convert wrote for an original",
+            "give the folder that decompose wrote and the adapter was trained on",
+        )
+    base = load_conversion(trained.folder).base
+    try:
+        digests = {str(name): FileDigest(**digest) for name, digest in base["files"].items()}
+        source = SourceRecord(base["repo_id"], base["revision"], base["license"], digests)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise AdapterError(f"{trained.folder / CONVERSION_NAME} is malformed ({error})", "convert it again") from None
+    return _Parent(source, CONVERSION_NAME, digests, {}, None)
+
+
+def _require_shards(checkpoint: Checkpoint, parent: _Parent) -> None:
+    """By names and sizes, before any work; what they hold is hashed on the way."""
+    if not parent.shards and parent.initial is None:
+        return
+    for shard in checkpoint.shards:
+        known = parent.shards.get(shard.name)
+        if known is None or known.size != shard.header.file_size:
+            raise parent.another(shard.path)
+
+
+def _require_descent(
+    trained: Adapter, initial: Initial, pairs: Sequence[Pair], device: torch.device, progress: Progress
+) -> None:
+    jobs = [partial(Worker.cosines, pair=pair) for pair in pairs if pair.initial]
+    with team_of(trained, initial.adapter, device, progress) as team:
+        require_descent(list(in_order(team, jobs)), initial)
+
+
+@dataclass(frozen=True)
+class _Merging:
+    """A merge as a job; see ``pipeline.job``."""
+
+    plan: MergePlan
+    adapter: Adapter
+    parent: _Parent
+    dtype: str
+    device: torch.device
+    _adapter_files: Mapping[str, FileDigest] = field(init=False, repr=False)
+
+    marker = MERGE_NAME
+
+    def __post_init__(self) -> None:
+        digests = {name: FileDigest(*sha256_file(self.adapter.folder / name)) for name in (WEIGHTS_NAME, CONFIG_NAME)}
+        object.__setattr__(self, "_adapter_files", digests)
+
+    @property
+    def inputs(self) -> Mapping[str, Path]:
+        return {"base": self.plan.checkpoint.root, "adapter": self.adapter.folder}
+
+    @property
+    def digest(self) -> str:
+        shards = [
+            [shard.source.name, _sha256(shard.source.header.raw), _sha256(shard.output.raw)] for shard in self.shards
+        ]
+        generated = {name: _sha256(data) for name, data in self.plan.generated.items()}
+        adapter = {name: digest.sha256 for name, digest in self._adapter_files.items()}
+        whole = ["merge", __version__, self.settings, shards, generated, adapter, self.plan.checkpoint.other_files]
+        return _sha256(json.dumps(whole, sort_keys=True).encode())
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return {"dtype": self.dtype}
+
+    @property
+    def shards(self) -> Sequence[MergedShard]:
+        return self.plan.shards
+
+    @property
+    def workers(self) -> int:
+        return worker_count(max((weight.stored.numel for weight in self.plan.weights), default=0), self.device)
+
+    @property
+    def file_names(self) -> Collection[str]:
+        shards = [shard.source.name for shard in self.shards]
+        return {*shards, *self.plan.generated, *self.plan.checkpoint.other_files, CARD_NAME}
+
+    def worker(self) -> Merger:
+        return Merger(self.adapter, self.device)
+
+    def disk_bytes(self, held: frozenset[str]) -> int:
+        carried = sum((self.plan.checkpoint.root / name).stat().st_size for name in self.plan.checkpoint.other_files)
+        return carried + sum(shard.output.file_size for shard in self.shards if shard.source.name not in held)
+
+    def recognise(self, output: Path) -> MergeRecord:
+        record = load_merge(output)
+        if (record.settings, record.adapter) != (self.settings, self._adapter_files):
+            raise OutputError(f"{output} holds another merge", "choose another folder or remove it")
+        check_whole(output, record.files)
+        for shard in self.shards:
+            if record.shards.get(shard.source.name) != FileDigest(*sha256_file(shard.source.path)):
+                raise OutputError(f"{output} holds a merge of another base", "choose another folder or remove it")
+        return record
+
+    def accept(self, receipt: Receipt) -> None:
+        if self.parent.shards and self.parent.shards.get(receipt.shard) != receipt.source:
+            raise self.parent.another(self.plan.checkpoint.root / receipt.shard)
+
+    def finish(self, receipts: Sequence[Receipt], output: Path, work: WorkFolder) -> MergeRecord:
+        files = {receipt.shard: receipt.output for receipt in receipts}
+        for name, data in self.plan.generated.items():
+            files[name] = write_file_atomic(output / name, data)
+        for name in self.plan.checkpoint.other_files:
+            if name not in files:
+                (output / name).parent.mkdir(parents=True, exist_ok=True)
+                files[name] = copy_file_atomic(self.plan.checkpoint.root / name, output / name)
+        source = self.parent.source
+        files[CARD_NAME] = write_file_atomic(output / CARD_NAME, merged_card(source).encode())
+        record = MergeRecord(
+            tool={"name": "pissa_hub", "version": __version__},
+            settings=self.settings,
+            base={"repo_id": source.repo_id, "revision": source.revision, "license": source.license},
+            shards={receipt.shard: receipt.source for receipt in receipts},
+            adapter=self._adapter_files,
+            notes=self.plan.notes,
+            files=files,
+        )
+        write_file_atomic(output / MERGE_NAME, record.to_bytes())
+        return record
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
