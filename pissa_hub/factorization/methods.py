@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from pissa_hub.errors import MatrixError
-from pissa_hub.factorization.precision import exact_fp32
+from pissa_hub.factorization.rounding import error_factor, exact_differences, round_if_sure
 from pissa_hub.factorization.svd import TruncatedSVD
 from pissa_hub.factorization.workspace import Workspace
 
 # Elements per step of the residual: small enough to stay in a CPU's cache, large enough to fill a GPU.
 _CPU_CHUNK = 1 << 19
-_DEVICE_CHUNK = 1 << 26
+_DEVICE_CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,14 @@ class Factors:
     right: Tensor
     scaling: float
 
+    def to(self, device: torch.device) -> Factors:
+        """The same on a device."""
+        return Factors(self.left.to(device), self.right.to(device), self.scaling)
+
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far base + s left right, as stored and evaluated in fp32, is from W.
+    """How far base + s left right is from W, all as stored and evaluated in float64.
 
     Attributes:
         max_abs: largest absolute deviation of an element.
@@ -58,33 +62,40 @@ def pissa_factors(svd: TruncatedSVD, scaling: float, dtype: torch.dtype) -> Fact
 
 
 def subtract(weight: Tensor, factors: Factors, out: Tensor, *, name: str, workspace: Workspace) -> Deviation:
-    """Store W - s left right in ``out`` and measure what its rounding costs.
+    """Store W - s left right in ``out``, rounded correctly, and measure what the rounding costs.
+
+    The bytes follow from W, the factors as stored, s and the dtype of ``out`` alone: every machine computes the same
+    (see ``factorization.rounding``). The product is that of right with s left as rounded to float64.
 
     Args:
         weight: W (rows, columns), fp32, on the device that computes.
-        factors: as stored.
-        out: (rows, columns) in the base's dtype; usually on the CPU.
+        factors: as stored, on the same device.
+        out: (rows, columns) in the base's dtype; usually on the CPU, may be W itself.
         name: of the tensor, for errors.
         workspace: buffers to reuse.
 
     Raises:
         MatrixError: the base or the factors do not fit the range of their dtype.
     """
+    product = _Product.of(factors)
+    if not torch.isfinite(product.bound).all():
+        raise MatrixError(
+            f"the factors of {name} do not fit the range of {factors.left.dtype}",
+            "choose a wider --adapter-dtype or another --alpha",
+        )
     meter = _Meter(weight.device)
-    with exact_fp32():
-        for rows, low_rank in _low_rank_chunks(factors, weight, workspace):
-            exact = weight[rows]
-            difference = torch.sub(exact, low_rank, out=workspace.take("chunk", tuple(exact.shape), exact))
-            stored = difference.to(out.dtype)
-            out[rows].copy_(stored)
-            meter.add(low_rank.add_(stored).sub_(exact), exact)
+    for rows, difference in product.differences_from(weight, workspace):
+        exact = weight[rows]
+        magnitude = torch.maximum(exact.amax(dim=1), -exact.amin(dim=1)) + product.bound[rows]
+        error = error_factor(product.rank) * magnitude[:, None]
+        stored, doubts = round_if_sure(difference, error, out.dtype, workspace)
+        if len(doubts):
+            settled = exact_differences(exact, product.left[rows], product.right, doubts)
+            stored[doubts[:, 0], doubts[:, 1]] = settled.to(stored.dtype)
+        meter.add(difference, stored, exact, workspace)
+        out[rows].copy_(stored)
     deviation = meter.deviation()
     if not deviation.max_abs < float("inf"):
-        if not all(bool(torch.isfinite(factor).all()) for factor in (factors.left, factors.right)):
-            raise MatrixError(
-                f"the factors of {name} do not fit the range of {factors.left.dtype}",
-                "choose a wider --adapter-dtype or another --alpha",
-            )
         raise MatrixError(
             f"the residual of {name} does not fit the range of {out.dtype}",
             "choose a wider --residual-dtype",
@@ -93,24 +104,56 @@ def subtract(weight: Tensor, factors: Factors, out: Tensor, *, name: str, worksp
 
 
 def deviation_of(weight: Tensor, factors: Factors, base: Tensor, *, workspace: Workspace) -> Deviation:
-    """Deviation of base + s left right from W; W and base (rows, columns) fp32."""
+    """Deviation of base + s left right from W; W (rows, columns) fp32 and base of any dtype that it is stored in."""
     meter = _Meter(weight.device)
-    with exact_fp32():
-        for rows, low_rank in _low_rank_chunks(factors, weight, workspace):
-            meter.add(low_rank.add_(base[rows]).sub_(weight[rows]), weight[rows])
+    for rows, difference in _Product.of(factors).differences_from(weight, workspace):
+        meter.add(difference, base[rows], weight[rows], workspace)
     return meter.deviation()
 
 
+@dataclass(frozen=True)
+class _Product:
+    """s left right in float64: (rows, r) with s in it, (r, columns), and what bounds each row's elements, (rows,)."""
+
+    left: Tensor
+    right: Tensor
+    bound: Tensor
+
+    @classmethod
+    def of(cls, factors: Factors) -> _Product:
+        left, right = factors.left.double() * factors.scaling, factors.right.double().contiguous()
+        # By Cauchy and Schwarz; it holds for the sums of the terms' magnitudes, too.
+        bound = torch.linalg.vector_norm(left, dim=1) * torch.linalg.vector_norm(right, dim=0).max()
+        return cls(left, right, bound)
+
+    @property
+    def rank(self) -> int:
+        return self.left.shape[1]
+
+    def differences_from(self, weight: Tensor, workspace: Workspace) -> Iterator[tuple[slice, Tensor]]:
+        """W - s left right, float64, for a block of rows at a time; each is overwritten by the next."""
+        elements = _CPU_CHUNK if weight.device.type == "cpu" else _DEVICE_CHUNK
+        height = max(elements // max(weight.shape[1], 1), 1)
+        for start in range(0, weight.shape[0], height):
+            rows = slice(start, start + height)
+            exact = weight[rows]
+            difference = workspace.take("difference", tuple(exact.shape), exact, torch.float64).copy_(exact)
+            yield rows, difference.addmm_(self.left[rows], self.right, alpha=-1)
+
+
 class _Meter:
-    """Largest and root-mean-square deviation over chunks, without a synchronisation per chunk."""
+    """Largest and root-mean-square deviation over blocks of rows, without a synchronisation per block."""
 
     def __init__(self, device: torch.device) -> None:
-        self._largest = torch.zeros((), device=device)
+        self._largest = torch.zeros((), dtype=torch.float64, device=device)
         self._energies = torch.zeros((2,), dtype=torch.float64, device=device)
 
-    def add(self, error: Tensor, exact: Tensor) -> None:
-        least, most = torch.aminmax(error)
-        self._largest = torch.maximum(self._largest, torch.maximum(-least, most))
+    def add(self, difference: Tensor, stored: Tensor, exact: Tensor, workspace: Workspace) -> None:
+        """A block's float64 difference, which is overwritten, what is stored for it, and its part of W."""
+        error = difference.sub_(workspace.take("stored", tuple(stored.shape), difference).copy_(stored))
+        # Row by row these are several times as fast as aminmax over all.
+        largest = torch.maximum(error.amax(dim=1), -error.amin(dim=1)).max()
+        self._largest = torch.maximum(self._largest, largest)
         self._energies += torch.stack([energy_of(error), energy_of(exact)])
 
     def deviation(self) -> Deviation:
@@ -122,14 +165,3 @@ def energy_of(block: Tensor) -> Tensor:
     """Sum of squares, fp64: in fp32 a sum of millions loses three digits, and squares below 1e-45 vanish."""
     norms: Tensor = torch.linalg.vector_norm(block, dim=1, dtype=torch.float64)
     return norms.square().sum()
-
-
-def _low_rank_chunks(factors: Factors, weight: Tensor, workspace: Workspace) -> Iterator[tuple[slice, Tensor]]:
-    """s left right for a block of rows at a time; each is overwritten by the next."""
-    left, right = factors.left.float() * factors.scaling, factors.right.float().contiguous()
-    elements = _CPU_CHUNK if weight.device.type == "cpu" else _DEVICE_CHUNK
-    height = max(elements // max(weight.shape[1], 1), 1)
-    for start in range(0, weight.shape[0], height):
-        rows = slice(start, start + height)
-        shape = tuple(weight[rows].shape)
-        yield rows, torch.mm(left[rows], right, out=workspace.take("product", shape, weight))
