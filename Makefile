@@ -14,7 +14,7 @@ export TMPDIR := $(CURDIR)/.cache/tmp
 .PHONY: help demo test test-slow lint check bench clean
 
 help:
-	@echo "make demo       decompose a real model, verify it, load it and compare its outputs"
+	@echo "make demo       decompose a real model, train it, convert and merge the result, compare outputs"
 	@echo "make test       the tests"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make lint       format, lint and types"

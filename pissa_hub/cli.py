@@ -363,7 +363,7 @@ def inspect(path: Path, plot: Path | None, output_format: str) -> None:
     "-o", "--output", type=click.Path(path_type=Path), default="demo", show_default=True, help="Folder to write."
 )
 def demo(output: Path) -> None:
-    """Decompose a real model, all-MiniLM-L6-v2, and compare its embeddings with the original's."""
+    """Decompose a real model, all-MiniLM-L6-v2, train it, convert and merge what was trained, and compare outputs."""
     from pissa_hub.demo import run_demo
 
     run_demo(output, click.echo)
