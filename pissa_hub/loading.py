@@ -9,18 +9,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pissa_hub.adapter.initial import open_decomposed
 from pissa_hub.checkpoint.encoding import is_plain
 from pissa_hub.checkpoint.header import TORCH_DTYPES
-from pissa_hub.checkpoint.reader import sha256_file
 from pissa_hub.checkpoint.source import Checkpoint, open_checkpoint
 from pissa_hub.checkpoint.tensor_file import TensorFile
 from pissa_hub.comparison import FACTOR_ROUNDING, factors_of, require_source
 from pissa_hub.errors import MatrixError, PlanError, VerificationError
 from pissa_hub.factorization.methods import deviation_of, subtract
 from pissa_hub.factorization.workspace import Workspace
-from pissa_hub.manifest import MANIFEST_NAME, Manifest, WeightRecord, load_manifest, lora_names
+from pissa_hub.manifest import Manifest, WeightRecord, lora_names
 from pissa_hub.model.skeleton import UnknownModelError, build_skeleton
-from pissa_hub.pipeline.plan import ADAPTER_CONFIG_NAME, ADAPTER_FOLDER, ADAPTER_NAME
 from pissa_hub.progress import Silent
 
 if TYPE_CHECKING:
@@ -47,9 +46,9 @@ def load(base: Any, init: str | Path, *, is_trainable: bool = True, **options: A
 
     Raises:
         CheckpointError, ManifestError: base or init cannot be read.
-        VerificationError: base is not what the manifest's decomposition was made of, or the adapter not what it made.
-            Known from the hashes of a folder; of a model, from its shapes and the share of every weight's energy that
-            A and B capture, and the model is left as it was.
+        AdapterError: the adapter is not what the manifest's decomposition made.
+        VerificationError: base is not what it was made of. Known from the hashes of a folder; of a model, from its
+            shapes and the share of every weight's energy that A and B capture, and the model is left as it was.
         MatrixError: a weight is quantised, not in memory, or its residual does not fit its dtype.
         PlanError: PEFT is missing, the model has an adapter already, or an option cannot be used.
     """
@@ -57,8 +56,8 @@ def load(base: Any, init: str | Path, *, is_trainable: bool = True, **options: A
         from peft import PeftModel
     except ImportError as error:
         raise PlanError(f"peft cannot be imported ({error})", "run `pip install 'pissa_hub[peft]'`") from None
-    manifest, adapter_folder = _read_init(Path(init))
-    with TensorFile(adapter_folder / ADAPTER_NAME) as adapter, torch.no_grad():
+    initial, manifest = open_decomposed(init)
+    with TensorFile(initial.adapter.path, initial.adapter.header) as adapter, torch.no_grad():
         if isinstance(base, str | Path):
             checkpoint = open_checkpoint(base)
             require_source(checkpoint, manifest, Silent())
@@ -69,23 +68,7 @@ def load(base: Any, init: str | Path, *, is_trainable: bool = True, **options: A
         else:
             model = base
             _subtract_in_place(_parameters(model, manifest), manifest, adapter)
-    return PeftModel.from_pretrained(model, str(adapter_folder), is_trainable=is_trainable)
-
-
-def _read_init(init: Path) -> tuple[Manifest, Path]:
-    """The manifest, and the adapter's folder with the very files that the manifest names."""
-    root = init if (init / MANIFEST_NAME).is_file() or init.name != ADAPTER_FOLDER else init.absolute().parent
-    manifest = load_manifest(root)
-    for name in (ADAPTER_NAME, ADAPTER_CONFIG_NAME):
-        path = root / ADAPTER_FOLDER / name
-        size, sha256 = sha256_file(path)
-        promised = manifest.files.get(f"{ADAPTER_FOLDER}/{name}")
-        if promised is None or (size, sha256) != (promised.size, promised.sha256):
-            raise VerificationError(
-                f"{path} has other content than {MANIFEST_NAME} says",
-                "give the initial adapter, not a trained one, with its own manifest",
-            )
-    return manifest, root / ADAPTER_FOLDER
+    return PeftModel.from_pretrained(model, str(initial.adapter.folder), is_trainable=is_trainable)
 
 
 def _load_base(checkpoint: Checkpoint, options: dict[str, Any]) -> Any:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pissa_hub import PissaHubError, decompose, load
-from pissa_hub.errors import CheckpointError, ManifestError, MatrixError, PlanError, VerificationError
+from pissa_hub.errors import AdapterError, CheckpointError, ManifestError, MatrixError, PlanError, VerificationError
 
 from .conftest import SHARDED, Factory
 from .helpers import ADAPTER, MANIFEST, deviation, example_inputs, outputs_of
@@ -276,7 +276,7 @@ def test_trained_adapter_is_no_init(pair: tuple[Path, Path], tmp_path: Path) -> 
     tensors = load_file(copy / ADAPTER)
     tensors[min(tensors)] += 1e-3
     save_file(tensors, copy / ADAPTER, {"format": "pt"})
-    with pytest.raises(VerificationError, match=r"give the initial adapter, not a trained one"):
+    with pytest.raises(AdapterError, match=r"give the initial adapter as decompose wrote it, not a trained one"):
         load(source, copy)
 
 
@@ -289,7 +289,7 @@ def test_init_without_manifest(pair: tuple[Path, Path], tmp_path: Path) -> None:
         load(source, alone)
     shutil.copy(output / MANIFEST, tmp_path)
     (alone / "adapter_model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"adapter_model.safetensors cannot be read"):
+    with pytest.raises(AdapterError, match=r"has no adapter_model.safetensors"):
         load(source, alone)
 
 

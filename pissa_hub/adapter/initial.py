@@ -16,7 +16,7 @@ from pissa_hub.manifest import MANIFEST_NAME, Manifest, load_manifest
 INIT_FOLDER = "pissa_init"
 # Where trainers that run PEFT's own initialisation leave its result: LLaMA-Factory, ms-swift.
 _FOREIGN_FOLDERS = (INIT_FOLDER, "initial_model")
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_HUB_ID = re.compile(r"(?=.{,96}$)[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -57,24 +57,27 @@ def open_initial(path: str | Path) -> Initial:
     folder = Path(path)
     if not folder.exists():
         raise _absent(str(path))
-    if (folder / MANIFEST_NAME).is_file():
-        return _ours(folder)
+    root = _decomposed_root(folder)
+    if root is not None:
+        return _ours(root, load_manifest(root))
     for name in _FOREIGN_FOLDERS:
         if (folder / name / CONFIG_NAME).is_file():
             return _foreign(folder / name)
-    if folder.resolve().name == INIT_FOLDER and (folder.resolve().parent / MANIFEST_NAME).is_file():
-        return _ours(folder.resolve().parent)
     return _foreign(folder)
 
 
 def open_decomposed(path: str | Path) -> tuple[Initial, Manifest]:
     """:func:`open_initial`, of a decomposition only. Raises ManifestError if there is no manifest."""
-    initial = open_initial(path)
-    if initial.manifest is None:
+    folder = Path(path)
+    if not folder.exists():
+        raise _absent(str(path))
+    root = _decomposed_root(folder)
+    if root is None:
         raise ManifestError(
             f"{path} has no {MANIFEST_NAME}", "give a folder that decompose wrote, or its manifest and pissa_init"
         )
-    return initial, initial.manifest
+    manifest = load_manifest(root)
+    return _ours(root, manifest), manifest
 
 
 def hub_id(name: object) -> str | None:
@@ -99,16 +102,24 @@ def require_init(adapter: Path, init: Path | None) -> Path:
     )
 
 
-def _ours(root: Path) -> Initial:
-    manifest = load_manifest(root)
+def _decomposed_root(folder: Path) -> Path | None:
+    """The folder that holds the manifest: this one, or that of a pissa_init which this is."""
+    if (folder / MANIFEST_NAME).is_file():
+        return folder
+    folder = folder.resolve()
+    return folder.parent if folder.name == INIT_FOLDER and (folder.parent / MANIFEST_NAME).is_file() else None
+
+
+def _ours(root: Path, manifest: Manifest) -> Initial:
     adapter = open_adapter(root / INIT_FOLDER)
-    digest = FileDigest(*sha256_file(adapter.path))
-    if manifest.files.get(f"{INIT_FOLDER}/{WEIGHTS_NAME}") != digest:
-        raise AdapterError(
-            f"{adapter.path} is not the adapter that {root / MANIFEST_NAME} names",
-            "give the folder as decompose wrote it",
-        )
-    return Initial(adapter, digest, manifest, root)
+    digests = {name: FileDigest(*sha256_file(adapter.folder / name)) for name in (WEIGHTS_NAME, CONFIG_NAME)}
+    for name, digest in digests.items():
+        if manifest.files.get(f"{INIT_FOLDER}/{name}") != digest:
+            raise AdapterError(
+                f"{adapter.folder / name} is not the one that {root / MANIFEST_NAME} names",
+                "give the initial adapter as decompose wrote it, not a trained one",
+            )
+    return Initial(adapter, digests[WEIGHTS_NAME], manifest, root)
 
 
 def _foreign(folder: Path) -> Initial:
