@@ -43,6 +43,7 @@ bench: $(STAMP)
 	@$(BIN)/python -m benchmarks.compare --memory --json $(RESULTS)/memory.json
 	@$(BIN)/python -m benchmarks.breakdown --json $(RESULTS)/breakdown.json
 	@$(BIN)/python -m benchmarks.svd_table --json $(RESULTS)/svd.json
+	@$(BIN)/python -m benchmarks.conversion --json $(RESULTS)/conversion.json
 
 # One pip command, so that the constraints hold for every package it resolves.
 $(STAMP): pyproject.toml $(CONSTRAINTS) | .cache/tmp
