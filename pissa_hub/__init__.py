@@ -15,10 +15,10 @@ __all__ = ["PissaHubError", "__version__", "convert", "decompose", "load", "merg
 if TYPE_CHECKING:
     from pissa_hub.adapter.convert import convert
     from pissa_hub.adapter.merge import merge
+    from pissa_hub.adapter.restore import restore
     from pissa_hub.errors import PissaHubError
     from pissa_hub.loading import load
     from pissa_hub.pipeline.decompose import decompose
-    from pissa_hub.pipeline.restore import restore
     from pissa_hub.verification import verify
 
 
@@ -27,7 +27,7 @@ _HOMES = {
     "convert": "pissa_hub.adapter.convert",
     "decompose": "pissa_hub.pipeline.decompose",
     "load": "pissa_hub.loading",
-    "restore": "pissa_hub.pipeline.restore",
+    "restore": "pissa_hub.adapter.restore",
     "merge": "pissa_hub.adapter.merge",
     "verify": "pissa_hub.verification",
 }

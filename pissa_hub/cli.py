@@ -298,7 +298,7 @@ def restore(source: Path, init: Path, output: Path, device: str, output_format: 
     A run that was interrupted carries on when the same command is given again.
     """
     from pissa_hub import report
-    from pissa_hub.pipeline.restore import restore as run_restore
+    from pissa_hub.adapter.restore import restore as run_restore
     from pissa_hub.progress import Bar
 
     with Bar() as bar:

@@ -113,8 +113,8 @@ class _Job:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all modules get one rank; PEFT's patterns cannot name fused experts by what their file says."""
-        return self.server.is_uniform or any(pair.trained.experts > 1 for pair in self.pairs)
+        """Whether all modules get one rank; patterns cannot name parameters by what their adapter's file says."""
+        return self.server.is_uniform or bool(self.trained.config.target_parameters)
 
     @property
     def continued(self) -> list[Pair]:
@@ -159,6 +159,8 @@ class _Job:
                     f"the initial factors are stored in {'/'.join(sorted(narrow))}: PEFT took its residual from wider "
                     "ones, so what their rounding lost is not in this adapter"
                 )
+        if any(pair.trained.experts > 1 for pair in self.pairs):
+            yield "fused experts are adapted: PEFT before 0.20 does not load that"
         if self.trained.base_weights:
             yield f"copies of base weights were left out: {', '.join(self.trained.base_weights)}"
 

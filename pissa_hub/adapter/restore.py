@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from pissa_hub.adapter.initial import open_decomposed
+from pissa_hub.adapter.restoration import Restoration, plan_restoration
 from pissa_hub.checkpoint.reader import sha256_file
 from pissa_hub.checkpoint.source import open_checkpoint
 from pissa_hub.checkpoint.writer import FileDigest, copy_file_atomic, write_file_atomic
@@ -20,7 +21,6 @@ from pissa_hub.pipeline.device import pick_device, worker_count
 from pissa_hub.pipeline.job import carry_out, check_whole
 from pissa_hub.pipeline.plan import ShardPlan
 from pissa_hub.pipeline.receipts import Receipt, WorkFolder
-from pissa_hub.pipeline.restoration import Restoration, plan_restoration
 from pissa_hub.pipeline.workers import Restorer
 from pissa_hub.progress import Progress
 
