@@ -10,13 +10,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["PissaHubError", "__version__", "convert", "decompose", "load", "merge", "restore", "verify"]
+__all__ = ["PissaHubError", "__version__", "convert", "decompose", "load", "merge", "publish", "restore", "verify"]
 
 if TYPE_CHECKING:
     from pissa_hub.adapter.convert import convert
     from pissa_hub.adapter.merge import merge
     from pissa_hub.adapter.restore import restore
     from pissa_hub.errors import PissaHubError
+    from pissa_hub.hub.publish import publish
     from pissa_hub.loading import load
     from pissa_hub.pipeline.decompose import decompose
     from pissa_hub.verification import verify
@@ -29,6 +30,7 @@ _HOMES = {
     "load": "pissa_hub.loading",
     "restore": "pissa_hub.adapter.restore",
     "merge": "pissa_hub.adapter.merge",
+    "publish": "pissa_hub.hub.publish",
     "verify": "pissa_hub.verification",
 }
 

@@ -8,12 +8,15 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from pissa_hub import __version__
 from pissa_hub.errors import PissaHubError, PlanError
+
+if TYPE_CHECKING:
+    from pissa_hub.recipes import Recipe
 
 _DTYPES = ["float32", "bfloat16", "float16"]
 _output_format = click.option(
@@ -23,6 +26,16 @@ _output_format = click.option(
     default="human",
     show_default=True,
     help="Print for people, or one JSON object.",
+)
+
+
+_keep_source = click.option(
+    "--keep-source",
+    type=bool,
+    default=True,
+    show_default="yes",
+    metavar="yes|no",
+    help="Keep shards from the Hub in its cache; no removes each when it is used, so that two are on the disk at most.",
 )
 
 
@@ -68,8 +81,12 @@ def _rank_pattern(values: Sequence[str]) -> dict[str, int]:
 
 
 @cli.command()
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source", type=click.Path(path_type=Path), required=False)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write.")
+@click.option(
+    "--recipe", metavar="NAME|FILE", help="Take SOURCE and settings from a recipe, where they are not given here."
+)
+@click.option("--revision", metavar="REV", help="Branch, tag or commit of a SOURCE on the Hub, as SOURCE@REV.")
 @click.option("--rank", default=16, show_default=True, help="Rank r of the adapter.")
 @click.option("--alpha", type=float, help="lora_alpha; by default each weight's rank.")
 @click.option("--rslora", is_flag=True, help="Scale by alpha / sqrt(r) instead of alpha / r.")
@@ -114,20 +131,25 @@ def _rank_pattern(values: Sequence[str]) -> dict[str, int]:
 )
 @click.option("--seed", default=0, show_default=True, help="Of the random start blocks.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@_keep_source
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop; reads headers only.")
 @_output_format
 def decompose(
-    source: Path,
+    source: Path | None,
     output: Path | None,
+    recipe: str | None,
+    revision: str | None,
     rank_pattern: Sequence[str],
     rslora: bool,
     device: str,
+    keep_source: bool,
     dry_run: bool,
     output_format: str,
     **options: Any,
 ) -> None:
     """Split the checkpoint in SOURCE into a residual base and a PiSSA adapter.
 
+    SOURCE is a folder or, as wherever a folder is read, ORG/NAME[@REVISION] on the Hub; a folder of that name wins.
     A run that was interrupted carries on when the same command is given again.
     """
     from pissa_hub import report
@@ -140,10 +162,20 @@ def decompose(
 
     if output is None and not dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.")
-    settings = Settings(rank_pattern=_rank_pattern(rank_pattern), use_rslora=rslora, **options)
-    plan = plan_decomposition(source, settings)
-    if plan.layout.note:
-        click.echo(f"note: {plan.layout.note}", err=True)
+    options |= {"rank_pattern": _rank_pattern(rank_pattern), "use_rslora": rslora}
+    followed = None if recipe is None else _follow_recipe(recipe, options)
+    if source is None:
+        if followed is None:
+            raise click.UsageError("Missing argument 'SOURCE'.")
+        source = Path(followed.require_source())
+    if revision is not None:
+        if source.exists():
+            raise click.UsageError("--revision is of a SOURCE on the Hub, and this one is a folder.")
+        source = Path(f"{source.as_posix().partition('@')[0]}@{revision}")
+    plan = plan_decomposition(source, Settings(**options), output, keep_source=keep_source)
+    notes = [] if followed is None else followed.remarks(options, len(plan.weights))
+    for note in (*notes, *([plan.layout.note] if plan.layout.note else [])):
+        click.echo(f"note: {note}", err=True)
     if dry_run or output is None:
         free = free_space(output or Path())
         _print(output_format, report.plan_json(plan, free), lambda: report.plan_text(plan, free))
@@ -175,6 +207,17 @@ def decompose(
         **report.manifest_json(outcome.manifest),
     }
     _print(output_format, result, text)
+
+
+def _follow_recipe(name: str, options: dict[str, Any]) -> Recipe:
+    """The recipe, after it decided the options that the command line leaves open."""
+    from pissa_hub.recipes import load_recipe
+
+    recipe, context = load_recipe(name), click.get_current_context()
+    for option, value in recipe.settings.items():
+        if context.get_parameter_source(option) is click.core.ParameterSource.DEFAULT:
+            options[option] = value
+    return recipe
 
 
 class _Rank(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.2 only
@@ -253,6 +296,7 @@ def convert(adapter: Path, init: Path | None, output: Path, output_format: str, 
     help="Of the result; source is each tensor's in the original.",
 )
 @click.option("--trust-init", is_flag=True, help="Do not compare the adapter's content with the residual's pissa_init.")
+@_keep_source
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @_output_format
 def merge(residual: Path, adapter: Path, output: Path, output_format: str, **options: Any) -> None:
@@ -290,9 +334,10 @@ def merge(residual: Path, adapter: Path, output: Path, output_format: str, **opt
     "--init", type=click.Path(path_type=Path), metavar="DIR", required=True, help="Folder with manifest and pissa_init."
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@_keep_source
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @_output_format
-def restore(source: Path, init: Path, output: Path, device: str, output_format: str) -> None:
+def restore(source: Path, init: Path, output: Path, device: str, keep_source: bool, output_format: str) -> None:
     """Write what decompose wrote of SOURCE once more, byte for byte, from its pissa_init: no SVD.
 
     A run that was interrupted carries on when the same command is given again.
@@ -302,7 +347,7 @@ def restore(source: Path, init: Path, output: Path, device: str, output_format: 
     from pissa_hub.progress import Bar
 
     with Bar() as bar:
-        restored = run_restore(source, init, output, device=device, progress=bar)
+        restored = run_restore(source, init, output, device=device, keep_source=keep_source, progress=bar)
     manifest = restored.manifest
 
     def text() -> str:
@@ -320,6 +365,33 @@ def restore(source: Path, init: Path, output: Path, device: str, output_format: 
         **report.manifest_json(manifest),
     }
     _print(output_format, result, text)
+
+
+@cli.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("repo_id")
+@click.option(
+    "--private/--no-private", default=None, help="Of a new repository; private by default if the base is gated."
+)
+@click.option("--revision", default="main", show_default=True, metavar="BRANCH", help="Made if there is none.")
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead of changing the branch.")
+@click.option("--adapter-only", is_flag=True, help="The initial adapter alone, from which restore makes the rest.")
+@click.option("--dry-run", is_flag=True, help="Verify, print what would change, and stop.")
+@_output_format
+def publish(folder: Path, repo_id: str, dry_run: bool, output_format: str, **options: Any) -> None:
+    """Upload what decompose, convert or merge wrote to REPO_ID on the Hub: verified, with a card, in one commit.
+
+    An upload that was interrupted carries on when the same command is given again.
+    """
+    from pissa_hub import report
+    from pissa_hub.hub.publish import publish as run_publish
+    from pissa_hub.progress import Bar
+
+    with Bar() as bar:
+        published = run_publish(folder, repo_id, dry_run=dry_run, progress=bar, **options)
+    for note in published.notes:
+        click.echo(f"note: {note}", err=True)
+    _print(output_format, asdict(published), lambda: report.published_text(published, dry_run=dry_run))
 
 
 @cli.command()
@@ -347,15 +419,32 @@ def verify(folder: Path, source: Path | None, sample: int, output_format: str) -
 def inspect(path: Path, plot: Path | None, output_format: str) -> None:
     """Show what a decomposed folder holds: shapes, ranks, energy and errors per kind of module."""
     from pissa_hub import report
-    from pissa_hub.manifest import load_manifest
+    from pissa_hub.hub.pull import pull_folder
+    from pissa_hub.manifest import MANIFEST_NAME, load_manifest
 
-    manifest = load_manifest(path)
+    manifest = load_manifest(pull_folder(path, {MANIFEST_NAME}).folder)
     if plot is not None:
         try:
             report.plot_spectra(manifest, plot)
         except ImportError:
             raise PlanError("--plot needs matplotlib", "install it with `pip install 'pissa_hub[plot]'`") from None
     _print(output_format, report.manifest_json(manifest), lambda: report.manifest_text(manifest))
+
+
+@cli.command()
+@click.argument("name", required=False)
+@_output_format
+def recipes(name: str | None, output_format: str) -> None:
+    """List the recipes for popular base models, or explain the recipe NAME, which may be a .toml file."""
+    from pissa_hub import recipe_report
+    from pissa_hub.recipes import list_recipes, load_recipe
+
+    if name is None:
+        known = list_recipes()
+        _print(output_format, recipe_report.recipes_json(known), lambda: recipe_report.recipes_text(known))
+    else:
+        recipe = load_recipe(name)
+        _print(output_format, recipe_report.recipe_json(recipe), lambda: recipe_report.recipe_text(recipe))
 
 
 @cli.command()

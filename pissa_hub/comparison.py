@@ -55,13 +55,13 @@ def require_source(original: Checkpoint, manifest: Manifest, progress: Progress)
     for shard in original.shards:
         if shard.name in expected:
             progress.working_on(shard.name)
-            size, sha256 = sha256_file(shard.path)
+            size, sha256 = sha256_file(original.files.path(shard.name))
             progress.advance(size)
             if (size, sha256) != (expected[shard.name].size, expected[shard.name].sha256):
                 wrong.append(shard.name)
     if wrong:
         raise VerificationError(
-            f"{original.root} is not the source of this decomposition: {wrong[0]} differs",
+            f"{original.place} is not the source of this decomposition: {wrong[0]} differs",
             "give the checkpoint that the manifest names",
         )
 
@@ -86,7 +86,8 @@ def compare(
     workspace = Workspace()
     with TensorFile(folder / ADAPTER_FOLDER / ADAPTER_NAME) as adapter:
         for shard in original.shards:
-            with TensorFile(shard.path, shard.header) as before, TensorFile(folder / shard.name) as after:
+            path = original.files.path(shard.name)
+            with TensorFile(path, shard.header) as before, TensorFile(folder / shard.name) as after:
                 for entry in shard.header.entries:
                     progress.working_on(entry.name)
                     record = records.get(entry.name)

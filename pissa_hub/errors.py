@@ -44,6 +44,10 @@ class OutputError(PissaHubError):
     """The output folder cannot be used: foreign content, too little space, another plan's work."""
 
 
+class HubError(PissaHubError):
+    """The Hub cannot be reached, or refuses or lacks what is asked of it."""
+
+
 class ManifestError(PissaHubError):
     """A manifest, plan or receipt is missing, malformed or of another version."""
 

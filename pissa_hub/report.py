@@ -7,8 +7,9 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pissa_hub.adapter.record import ConversionRecord
 from pissa_hub.checkpoint.writer import FileDigest
@@ -16,6 +17,9 @@ from pissa_hub.comparison import Findings
 from pissa_hub.errors import OutputError
 from pissa_hub.manifest import Manifest, WeightRecord
 from pissa_hub.pipeline.plan import Plan
+
+if TYPE_CHECKING:
+    from pissa_hub.hub.publish import Published
 
 _LAYER = re.compile(r"\.\d+(?=\.|$)")
 
@@ -61,7 +65,7 @@ def plan_text(plan: Plan, free_bytes: int) -> str:
         [
             table(["module", "weights", "shape", "rank", "dtype"], rows),
             "",
-            f"source    {checkpoint.root}: {len(plan.shards)} shard(s), {size(plan.input_bytes)}",
+            f"source    {checkpoint.place}: {len(plan.shards)} shard(s), {size(plan.input_bytes)}",
             f"model     {plan.layout.architecture or 'unknown'}, loads with {plan.layout.auto_class}",
             *([f"note      {plan.layout.note}"] if plan.layout.note else []),
             f"targets   {len(plan.weights)} weights, {_trainable(plan):,} trainable parameters",
@@ -74,7 +78,7 @@ def plan_text(plan: Plan, free_bytes: int) -> str:
 
 def plan_json(plan: Plan, free_bytes: int) -> dict[str, Any]:
     return {
-        "source": str(plan.checkpoint.root),
+        "source": str(plan.checkpoint.place),
         "architecture": plan.layout.architecture,
         "auto_class": plan.layout.auto_class,
         "note": plan.layout.note,
@@ -180,12 +184,40 @@ def findings_json(findings: Findings) -> dict[str, Any]:
     return {"is_sound": findings.is_sound, "checks": [asdict(check) for check in findings.checks]}
 
 
+def published_text(published: Published, *, dry_run: bool) -> str:
+    """What changed on the Hub, or for a dry run what would, a line per file."""
+    if published.is_unchanged:
+        return f"{published.url} has this release already; nothing to do"
+    rows = [[name, size(nbytes)] for name, nbytes in published.uploaded.items()]
+    rows += [[name, "deleted"] for name in published.deleted]
+    uploaded = size(sum(published.uploaded.values()))
+    if dry_run:
+        last = f"{uploaded} of {size(published.nbytes)} would go to {published.url} in one commit"
+    else:
+        where = published.pull_request or f"{published.url} at commit {published.commit}"
+        last = f"{uploaded} of {size(published.nbytes)} -> {where}"
+    return "\n".join([table(["file", "size"], rows), "", last])
+
+
 def plot_spectra(manifest: Manifest, path: Path) -> None:
-    """Singular values per kind of module, relative to the largest, median and range over the layers, as PNG.
+    """Write :func:`spectra_png` to a file.
 
     Raises:
         ImportError: matplotlib is not installed.
         OutputError: the file cannot be written.
+    """
+    picture = spectra_png(manifest)
+    try:
+        path.write_bytes(picture)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}", "give another path for the plot") from error
+
+
+def spectra_png(manifest: Manifest) -> bytes:
+    """Singular values per kind of module, relative to the largest, median and range over the layers, as PNG.
+
+    Raises:
+        ImportError: matplotlib is not installed.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -210,10 +242,9 @@ def plot_spectra(manifest: Manifest, path: Path) -> None:
     axes.set_yscale("log")
     axes.grid(visible=True, alpha=0.3)
     axes.legend(fontsize="small")
-    try:
-        figure.savefig(path, dpi=120, format="png")
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}", "give another path for the plot") from error
+    picture = BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    return picture.getvalue()
 
 
 def module_kind(name: str) -> str:

@@ -11,10 +11,10 @@ import torch
 from pissa_hub.checkpoint.header import Header, read_header
 from pissa_hub.checkpoint.index import INDEX_NAME, check_index, parse_index
 from pissa_hub.checkpoint.reader import sha256_file
-from pissa_hub.checkpoint.source import open_checkpoint
 from pissa_hub.checkpoint.tensor_file import TensorFile
 from pissa_hub.comparison import Check, Findings, compare, require_source
 from pissa_hub.errors import CheckpointError
+from pissa_hub.hub.pull import pull_folder, pull_original
 from pissa_hub.manifest import MANIFEST_NAME, Manifest, WeightRecord, load_manifest, lora_names
 from pissa_hub.pipeline.plan import ADAPTER_CONFIG_NAME, ADAPTER_FOLDER, ADAPTER_NAME
 from pissa_hub.progress import Progress, Silent
@@ -38,7 +38,8 @@ def verify(
 
     Args:
         folder: what ``decompose`` wrote.
-        source: the checkpoint that it was made from.
+        source: the checkpoint that it was made from. Both may be ``org/name[@revision]`` on the Hub; they are fetched
+            into the client's cache.
         sample: how many certificates to recompute; -1 for all.
         progress: told how far it is.
 
@@ -47,9 +48,9 @@ def verify(
         CheckpointError: the source is no checkpoint.
         VerificationError: the source is another one than the manifest names, by its hashes.
     """
-    folder, progress = Path(folder), progress or Silent()
+    folder, progress = pull_folder(folder).folder, progress or Silent()
     manifest = load_manifest(folder)
-    original = None if source is None else open_checkpoint(source)
+    original = None if source is None else pull_original(source)
     readable = 0 if original is None else sum(shard.header.file_size for shard in original.shards)
     progress.expect(sum(digest.size for digest in manifest.files.values()) + 2 * readable)
     checks = [_check_files(folder, manifest, progress)]

@@ -20,9 +20,9 @@ from torch import Tensor
 from pissa_hub import __version__
 from pissa_hub.adapter.config import CONFIG_NAME, to_json
 from pissa_hub.adapter.export import lora_config, module_specs, saved_specs
-from pissa_hub.adapter.initial import Initial, hub_id, open_initial
+from pissa_hub.adapter.initial import INITIAL_FILES, Initial, hub_id, open_initial
 from pissa_hub.adapter.pairs import CONVERSION_NAME, Pair, pair_up, require_descent
-from pissa_hub.adapter.peft_files import WEIGHTS_NAME, Adapter, open_adapter
+from pissa_hub.adapter.peft_files import ADAPTER_FILES, WEIGHTS_NAME, Adapter, open_adapter
 from pissa_hub.adapter.record import ConversionRecord, ModuleRecord, load_conversion
 from pissa_hub.adapter.servers import Server, find_server, require_servable
 from pissa_hub.adapter.settings import AUTO, EXACT, ConversionSettings
@@ -35,6 +35,7 @@ from pissa_hub.checkpoint.tensor_file import TensorFile
 from pissa_hub.checkpoint.writer import FileDigest, ShardWriter, write_file_atomic
 from pissa_hub.errors import AdapterError, OutputError
 from pissa_hub.hub.card import lora_card
+from pissa_hub.hub.pull import pull_folder
 from pissa_hub.pipeline.device import pick_device
 from pissa_hub.pipeline.settings import ADAPTER_DTYPES
 from pissa_hub.pipeline.threads import Team
@@ -66,7 +67,7 @@ def convert(
     Per module Delta W = s' B' A' - s B A (PiSSA, arXiv 2404.02948, appendix C), recompressed; see ``adapter.delta``.
 
     Args:
-        adapter: folder that the trainer saved.
+        adapter: folder that the trainer saved. It and ``init`` may be ``org/name[@revision]`` on the Hub.
         init: what it started from; see ``adapter.initial.open_initial``.
         output: folder to write; absent, empty, or of the same conversion.
         trust_init: skip the check that the adapter descends from ``init`` by its content.
@@ -79,8 +80,8 @@ def convert(
     """
     chosen = ConversionSettings(**settings)
     server = find_server(chosen.server)
-    trained = open_adapter(Path(adapter))
-    initial = open_initial(init)
+    trained = open_adapter(pull_folder(adapter, ADAPTER_FILES).folder)
+    initial = open_initial(pull_folder(init, INITIAL_FILES).folder)
     pairs = pair_up(trained, initial)
     notes = require_servable(server, trained, _model_type(initial))
     job = _Job(trained, initial, pairs, chosen, server, progress or Silent())

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pissa_hub.adapter.config import CONFIG_NAME
-from pissa_hub.adapter.peft_files import WEIGHTS_NAME, Adapter, open_adapter
+from pissa_hub.adapter.peft_files import ADAPTER_FILES, WEIGHTS_NAME, Adapter, open_adapter
 from pissa_hub.checkpoint.reader import sha256_file
 from pissa_hub.checkpoint.writer import FileDigest
 from pissa_hub.errors import AdapterError, ManifestError
@@ -16,6 +16,15 @@ from pissa_hub.manifest import MANIFEST_NAME, Manifest, load_manifest
 INIT_FOLDER = "pissa_init"
 # Where trainers that run PEFT's own initialisation leave its result: LLaMA-Factory, ms-swift.
 _FOREIGN_FOLDERS = (INIT_FOLDER, "initial_model")
+# All that a command reads of an initial adapter, wherever it is found.
+INITIAL_FILES = frozenset(
+    {
+        MANIFEST_NAME,
+        "README.md",
+        "config.json",
+        *(f"{folder}{name}" for folder in ("", *(f"{name}/" for name in _FOREIGN_FOLDERS)) for name in ADAPTER_FILES),
+    }
+)
 _HUB_ID = re.compile(r"(?=.{,96}$)[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -130,7 +139,7 @@ def _foreign(folder: Path) -> Initial:
 def _absent(path: str) -> AdapterError:
     if _HUB_ID.fullmatch(path.partition("@")[0]):
         return AdapterError(
-            f"no folder {path}, and reading from the Hub is not supported yet",
+            f"{path} is no folder here",
             f"run `hf download {path.partition('@')[0]} --local-dir FOLDER` first and give FOLDER",
         )
     return AdapterError(f"{path} does not exist", "give the folder of the initial adapter")

@@ -7,31 +7,33 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 
 from pissa_hub import __version__
 from pissa_hub.adapter.config import CONFIG_NAME
-from pissa_hub.adapter.initial import Initial, open_decomposed
+from pissa_hub.adapter.initial import INITIAL_FILES, Initial, open_decomposed
 from pissa_hub.adapter.merge_plan import MergedShard, MergePlan, plan_merge
 from pissa_hub.adapter.merge_record import MERGE_NAME, MergeRecord, load_merge
 from pissa_hub.adapter.merger import Merger
 from pissa_hub.adapter.pairs import CONVERSION_NAME, Pair, pair_up, require_descent
-from pissa_hub.adapter.peft_files import WEIGHTS_NAME, Adapter, open_adapter
+from pissa_hub.adapter.peft_files import ADAPTER_FILES, WEIGHTS_NAME, Adapter, open_adapter
 from pissa_hub.adapter.record import load_conversion
 from pissa_hub.adapter.workers import Worker, in_order, team_of
+from pissa_hub.checkpoint.files import Files, Pin
 from pissa_hub.checkpoint.reader import sha256_file
-from pissa_hub.checkpoint.source import Checkpoint, read_checkpoint
+from pissa_hub.checkpoint.source import Checkpoint
 from pissa_hub.checkpoint.writer import FileDigest, copy_file_atomic, write_file_atomic
 from pissa_hub.errors import AdapterError, OutputError, PlanError, VerificationError
 from pissa_hub.hub.card import merged_card
+from pissa_hub.hub.pull import pull_checkpoint, pull_folder
 from pissa_hub.manifest import MANIFEST_NAME, SourceRecord
 from pissa_hub.model.modules import resolve_layout
 from pissa_hub.pipeline.device import pick_device, worker_count
 from pissa_hub.pipeline.job import carry_out, check_whole
-from pissa_hub.pipeline.receipts import Receipt, WorkFolder
+from pissa_hub.pipeline.receipts import Receipt, WorkFolder, pinned_commits
 from pissa_hub.pipeline.settings import ADAPTER_DTYPES, SOURCE_DTYPE
 from pissa_hub.progress import Progress, Silent
 
@@ -61,6 +63,7 @@ def merge(
     dtype: str = SOURCE_DTYPE,
     trust_init: bool = False,
     device: str = "auto",
+    keep_source: bool = True,
     progress: Progress | None = None,
 ) -> Merged:
     """Merge a trained adapter into the base that it was trained on.
@@ -69,11 +72,12 @@ def merge(
 
     Args:
         residual: folder that ``decompose`` wrote; or the original checkpoint, for an adapter that ``convert`` wrote.
-        adapter: folder that the trainer, or ``convert``, saved.
+        adapter: folder that the trainer, or ``convert``, saved. Both may be ``org/name[@revision]`` on the Hub.
         output: folder to write; absent, empty, or of the same merge.
         dtype: of the result: ``source`` (each tensor's in the original), float32, bfloat16 or float16.
         trust_init: skip the check that the adapter descends from the residual's ``pissa_init`` by its content.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ...
+        keep_source: see :func:`pissa_hub.decompose`.
         progress: told how far it is.
 
     Raises:
@@ -82,8 +86,10 @@ def merge(
     if dtype not in (SOURCE_DTYPE, *ADAPTER_DTYPES):
         raise PlanError(f"dtype {dtype!r} cannot be used", f"use {SOURCE_DTYPE}, {', '.join(ADAPTER_DTYPES)}")
     where, progress = pick_device(device), progress or Silent()
-    trained, checkpoint = open_adapter(Path(adapter)), read_checkpoint(residual)
-    parent = _residual(checkpoint, trained) if (checkpoint.root / MANIFEST_NAME).is_file() else _original(trained)
+    pins = pinned_commits(Path(output))
+    pulled = pull_folder(adapter, {*ADAPTER_FILES, CONVERSION_NAME}, pins=pins)
+    trained, checkpoint = open_adapter(pulled.folder), pull_checkpoint(residual, pins=pins, keep=keep_source)
+    parent = _residual(checkpoint, trained) if checkpoint.files.has(MANIFEST_NAME) else _original(trained)
     _require_shards(checkpoint, parent)
     shapes = {entry.name: entry.shape for _, entry in checkpoint.tensors()}
     plan = plan_merge(checkpoint, resolve_layout(checkpoint.config, shapes), trained, dtype, parent.source_dtypes)
@@ -91,7 +97,7 @@ def merge(
         pairs = pair_up(trained, parent.initial)
         if not trust_init and not (Path(output) / MERGE_NAME).exists():
             _require_descent(trained, parent.initial, pairs, where, progress)
-    done = carry_out(_Merging(plan, trained, parent, dtype, where), Path(output), progress)
+    done = carry_out(_Merging(plan, trained, pulled.pin, parent, dtype, where), Path(output), progress)
     return Merged(done.result, done.was_finished, done.carried_over)
 
 
@@ -113,17 +119,19 @@ class _Parent:
     source_dtypes: Mapping[str, str]
     initial: Initial | None
 
-    def another(self, path: Path) -> VerificationError:
+    def another(self, path: PurePath) -> VerificationError:
         """The error of a base that is not the one that the record names."""
         remedy = "give the original base" if self.initial is None else "download or decompose the base again"
         return VerificationError(f"{path} is not what {self.record} names", remedy)
 
 
 def _residual(checkpoint: Checkpoint, trained: Adapter) -> _Parent:
+    for name in INITIAL_FILES:
+        checkpoint.files.find(name)
     initial, manifest = open_decomposed(checkpoint.root)
     if (trained.folder / CONVERSION_NAME).exists():
         raise AdapterError(
-            f"{trained.folder} is converted: it belongs to the original, and {checkpoint.root} is a residual base",
+            f"{trained.folder} is converted: it belongs to the original, and {checkpoint.place} is a residual base",
             "give the original checkpoint, or the adapter as it was trained",
         )
     shards = {shard.name: manifest.files[shard.name] for shard in checkpoint.shards if shard.name in manifest.files}
@@ -153,7 +161,7 @@ def _require_shards(checkpoint: Checkpoint, parent: _Parent) -> None:
     for shard in checkpoint.shards:
         known = parent.shards.get(shard.name)
         if known is None or known.size != shard.header.file_size:
-            raise parent.another(shard.path)
+            raise parent.another(checkpoint.place / shard.name)
 
 
 def _require_descent(
@@ -170,6 +178,7 @@ class _Merging:
 
     plan: MergePlan
     adapter: Adapter
+    adapter_pin: Pin | None
     parent: _Parent
     dtype: str
     device: torch.device
@@ -184,6 +193,14 @@ class _Merging:
     @property
     def inputs(self) -> Mapping[str, Path]:
         return {"base": self.plan.checkpoint.root, "adapter": self.adapter.folder}
+
+    @property
+    def source(self) -> Files:
+        return self.plan.checkpoint.files
+
+    @property
+    def pins(self) -> Collection[Pin]:
+        return [pin for pin in (self.source.pin, self.adapter_pin) if pin]
 
     @property
     def digest(self) -> str:
@@ -216,7 +233,7 @@ class _Merging:
         return Merger(self.adapter, self.device)
 
     def disk_bytes(self, held: frozenset[str]) -> int:
-        carried = sum((self.plan.checkpoint.root / name).stat().st_size for name in self.plan.checkpoint.other_files)
+        carried = sum(self.source.size(name) for name in self.plan.checkpoint.other_files)
         return carried + sum(shard.output.file_size for shard in self.shards if shard.source.name not in held)
 
     def recognise(self, output: Path) -> MergeRecord:
@@ -225,13 +242,14 @@ class _Merging:
             raise OutputError(f"{output} holds another merge", "choose another folder or remove it")
         check_whole(output, record.files)
         for shard in self.shards:
-            if record.shards.get(shard.source.name) != FileDigest(*sha256_file(shard.source.path)):
+            known = record.shards.get(shard.source.name)
+            if known is None or not self.source.holds(shard.source.name, known):
                 raise OutputError(f"{output} holds a merge of another base", "choose another folder or remove it")
         return record
 
     def accept(self, receipt: Receipt) -> None:
         if self.parent.shards and self.parent.shards.get(receipt.shard) != receipt.source:
-            raise self.parent.another(self.plan.checkpoint.root / receipt.shard)
+            raise self.parent.another(self.source.place / receipt.shard)
 
     def finish(self, receipts: Sequence[Receipt], output: Path, work: WorkFolder) -> MergeRecord:
         files = {receipt.shard: receipt.output for receipt in receipts}
@@ -240,7 +258,7 @@ class _Merging:
         for name in self.plan.checkpoint.other_files:
             if name not in files:
                 (output / name).parent.mkdir(parents=True, exist_ok=True)
-                files[name] = copy_file_atomic(self.plan.checkpoint.root / name, output / name)
+                files[name] = copy_file_atomic(self.source.path(name), output / name)
         source = self.parent.source
         files[CARD_NAME] = write_file_atomic(output / CARD_NAME, merged_card(source).encode())
         record = MergeRecord(

@@ -151,7 +151,7 @@ def _config(checkpoint: Checkpoint, weights: Mapping[str, MergedWeight], *, is_u
         changes["tie_word_embeddings"] = False
         if isinstance(config.get("text_config"), dict):
             changes["text_config"] = {**config["text_config"], "tie_word_embeddings": False}
-    return to_json({**config, **changes}) if changes else (checkpoint.root / "config.json").read_bytes()
+    return to_json({**config, **changes}) if changes else checkpoint.files.path("config.json").read_bytes()
 
 
 def _index(checkpoint: Checkpoint, shards: Sequence[MergedShard]) -> bytes:

@@ -15,6 +15,7 @@ from pissa_hub.checkpoint.strict_json import shown
 from pissa_hub.errors import AdapterError, MatrixError
 
 WEIGHTS_NAME = "adapter_model.safetensors"
+ADAPTER_FILES = (CONFIG_NAME, WEIGHTS_NAME)
 PREFIX = "base_model.model."
 
 # Some trainers leave the adapter's name in: lora_A.default.weight.

@@ -83,7 +83,9 @@ def load_conversion(folder: Path) -> ConversionRecord:
         table = parse_object(path.read_bytes())
         if (table.pop("format"), table.pop("version")) != (FORMAT, VERSION):
             raise AdapterError(f"{path} is of another version", "use a newer pissa_hub")
-        if not all(table["base"][key] is None or isinstance(table["base"][key], str) for key in ("repo_id", "revision")):
+        if not all(
+            table["base"][key] is None or isinstance(table["base"][key], str) for key in ("repo_id", "revision")
+        ):
             raise ValueError("has a base that is none")
         return ConversionRecord(
             tool=dict(table["tool"]),

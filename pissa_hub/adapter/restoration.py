@@ -158,16 +158,26 @@ def _others(
     for name, digest in manifest.files.items():
         if name in manifest.source.files or name in others:
             continue
-        files = (path for path in (root / name, checkpoint.root / name) if path.is_file())
-        candidates: Iterator[Path | bytes] = chain(files, _planned(name, checkpoint, manifest, shards, settings))
+        candidates: Iterator[Path | bytes] = chain(
+            _found(name, checkpoint, root), _planned(name, checkpoint, manifest, shards, settings)
+        )
         found = next((content for content in candidates if _digest_of(content) == digest), None)
         if found is None:
             raise VerificationError(
-                f"{name} is neither in {checkpoint.root} nor in {root} as it was when that was decomposed",
+                f"{name} is neither in {checkpoint.place} nor in {root} as it was when that was decomposed",
                 f"put the {name} of that time into one of them",
             )
         others[name] = found
     return others
+
+
+def _found(name: str, checkpoint: Checkpoint, root: Path) -> Iterator[Path]:
+    """The file, where it lies beside the adapter and in the source."""
+    if (root / name).is_file():
+        yield root / name
+    path = checkpoint.files.find(name)
+    if path is not None:
+        yield path
 
 
 def _planned(
@@ -195,7 +205,7 @@ def _digest_of(content: Path | bytes) -> FileDigest:
 
 def _not_the_source(checkpoint: Checkpoint, difference: str) -> VerificationError:
     return VerificationError(
-        f"{checkpoint.root} is not the source of this decomposition: {difference}",
+        f"{checkpoint.place} is not the source of this decomposition: {difference}",
         "give the checkpoint that the manifest names",
     )
 

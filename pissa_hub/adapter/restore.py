@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 
-from pissa_hub.adapter.initial import open_decomposed
+from pissa_hub.adapter.initial import INITIAL_FILES, open_decomposed
 from pissa_hub.adapter.restoration import Restoration, plan_restoration
-from pissa_hub.checkpoint.reader import sha256_file
-from pissa_hub.checkpoint.source import open_checkpoint
-from pissa_hub.checkpoint.writer import FileDigest, copy_file_atomic, write_file_atomic
+from pissa_hub.checkpoint.files import Files, Pin
+from pissa_hub.checkpoint.writer import copy_file_atomic, write_file_atomic
 from pissa_hub.errors import MatrixError, OutputError
+from pissa_hub.hub.pull import pull_folder, pull_original
 from pissa_hub.manifest import MANIFEST_NAME, Manifest
 from pissa_hub.pipeline.device import pick_device, worker_count
 from pissa_hub.pipeline.job import carry_out, check_whole
 from pissa_hub.pipeline.plan import ShardPlan
-from pissa_hub.pipeline.receipts import Receipt, WorkFolder
+from pissa_hub.pipeline.receipts import Receipt, WorkFolder, pinned_commits
 from pissa_hub.pipeline.workers import Restorer
 from pissa_hub.progress import Progress
 
@@ -46,6 +46,7 @@ def restore(
     output: str | Path,
     *,
     device: str = "auto",
+    keep_source: bool = True,
     progress: Progress | None = None,
 ) -> Restored:
     """Write the folder that ``decompose`` wrote once more, byte for byte.
@@ -53,10 +54,11 @@ def restore(
     A folder that an interrupted call left is carried on with; one that is finished is left as it is.
 
     Args:
-        source: folder of the checkpoint that was decomposed.
-        init: folder with ``pissa_manifest.json`` and ``pissa_init/``, or that ``pissa_init`` itself.
+        source: folder of the checkpoint that was decomposed, or ``org/name[@revision]`` on the Hub.
+        init: folder with ``pissa_manifest.json`` and ``pissa_init/``, or that ``pissa_init`` itself; or a repository.
         output: folder to write; absent, empty, or of the same restoration.
         device: ``auto`` (the first GPU, else the CPU), ``cpu``, ``cuda``, ``cuda:1``, ...
+        keep_source: see :func:`pissa_hub.decompose`.
         progress: told how far it is.
 
     Raises:
@@ -65,10 +67,12 @@ def restore(
         VerificationError: the source is not the one that the manifest names, or a file comes out with another hash.
         PissaHubError: see ``errors``; in all these cases nothing is left behind.
     """
-    initial, manifest = open_decomposed(init)
-    plan = plan_restoration(open_checkpoint(source), initial, manifest)
+    pins = pinned_commits(Path(output))
+    started_from = pull_folder(init, INITIAL_FILES, pins=pins)
+    initial, manifest = open_decomposed(started_from.folder)
+    plan = plan_restoration(pull_original(source, pins=pins, keep=keep_source), initial, manifest)
     try:
-        done = carry_out(_Restoring(plan, pick_device(device)), Path(output), progress)
+        done = carry_out(_Restoring(plan, started_from.pin, pick_device(device)), Path(output), progress)
     except MatrixError as error:  # not with the weights that were decomposed
         raise plan.not_the_source(error.fact) from None
     return Restored(manifest, done.was_finished, done.carried_over)
@@ -79,6 +83,7 @@ class _Restoring:
     """A restoration as a job."""
 
     plan: Restoration
+    init_pin: Pin | None
     device: torch.device
 
     marker = MANIFEST_NAME
@@ -86,6 +91,14 @@ class _Restoring:
     @property
     def inputs(self) -> Mapping[str, Path]:
         return {"source": self.plan.checkpoint.root, "folder of the initial adapter": self.plan.root}
+
+    @property
+    def source(self) -> Files:
+        return self.plan.checkpoint.files
+
+    @property
+    def pins(self) -> Collection[Pin]:
+        return [pin for pin in (self.source.pin, self.init_pin) if pin]
 
     @property
     def digest(self) -> str:
@@ -119,7 +132,8 @@ class _Restoring:
             raise OutputError(f"{output} holds another decomposition", "choose another folder or remove it")
         check_whole(output, self.plan.manifest.files)
         for shard in self.plan.shards:
-            self.plan.require_source(shard.name, FileDigest(*sha256_file(shard.source.path)))
+            if not self.source.holds(shard.name, self.plan.manifest.source.files[shard.name]):
+                raise self.plan.not_the_source(f"{shard.name} differs")
         return self.plan.manifest
 
     def accept(self, receipt: Receipt) -> None:

@@ -3,11 +3,13 @@
 import json
 import os
 import re
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterable
+from pathlib import Path, PurePath, PurePosixPath
 
 from pissa_hub.checkpoint.strict_json import shown
 from pissa_hub.errors import CheckpointError
 
+MODULES_NAME = "modules.json"
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 WEIGHT_SUFFIXES: frozenset[str] = PICKLE_SUFFIXES | {
     ".safetensors",
@@ -37,7 +39,7 @@ _RECORDS = frozenset({"pissa_manifest.json", "pissa_conversion.json", "pissa_mer
 _NOT_CARRIED = _RECORDS | {"README.md", "adapter_config.json"}
 _LICENSE = re.compile(r"^license:[ \t]*[\"']?([\w.+-]+)[\"']?[ \t]*$", re.MULTILINE)
 _MAX_README_BYTES = 1 << 20
-_MAX_MODULES_BYTES = 1 << 20
+MAX_MODULES_BYTES = 1 << 20
 
 
 def other_files(root: Path) -> tuple[str, ...]:
@@ -51,21 +53,32 @@ def other_files(root: Path) -> tuple[str, ...]:
         CheckpointError: such a module has pickle weights only; without them the result would not load. Or a
             name is not UTF-8, as no JSON file and no other system could name it; or a file may not be read.
     """
-    modules = _module_folders(root)
-    carried = []
+    found = []
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = [name for name in subfolders if not _is_skipped_folder(name)]
         relative = PurePosixPath(Path(folder).relative_to(root).as_posix())
-        weights = WEIGHT_SUFFIXES
-        if relative in modules:
-            _refuse_pickled_module(Path(folder), files)
-            weights = weights - {".safetensors"}
-        for name in files:
-            is_weight = _suffix(name) in weights or _INDEX.fullmatch(name)
-            is_of_root = folder == str(root) and name in _NOT_CARRIED
-            if not (is_weight or is_of_root or name.startswith(".")) and Path(folder, name).is_file():
-                carried.append(_checked(root, (relative / name).as_posix()))
-    return tuple(sorted(carried))
+        found += [(relative / name).as_posix() for name in files if Path(folder, name).is_file()]
+    path = root / MODULES_NAME
+    modules = path.read_bytes() if path.is_file() and path.stat().st_size <= MAX_MODULES_BYTES else None
+    return tuple(_checked(root, name) for name in carried_over(root, found, modules))
+
+
+def carried_over(place: PurePath, names: Iterable[str], modules: bytes | None) -> tuple[str, ...]:
+    """What of a checkpoint's files, by their relative POSIX names, is carried over; see :func:`other_files`.
+
+    Args:
+        place: where they lie, for messages.
+        names: of all files.
+        modules: the bytes of ``modules.json``, None where there is none.
+
+    Raises:
+        CheckpointError: a module has pickle weights only.
+    """
+    paths = [PurePosixPath(name) for name in names]
+    folders = {folder for folder in _module_folders(modules) if not any(map(_is_skipped_folder, folder.parts))}
+    for folder in sorted(folders):
+        _refuse_pickled_module(place / folder, [path.name for path in paths if path.parent == folder])
+    return tuple(sorted(path.as_posix() for path in paths if _is_carried(path, folders)))
 
 
 def read_readme(root: Path) -> str | None:
@@ -94,13 +107,23 @@ def _checked(root: Path, name: str) -> str:
     return name
 
 
-def _module_folders(root: Path) -> set[PurePosixPath]:
+def _is_carried(path: PurePosixPath, modules: set[PurePosixPath]) -> bool:
+    weights = WEIGHT_SUFFIXES - {".safetensors"} if path.parent in modules else WEIGHT_SUFFIXES
+    return not (
+        any(_is_skipped_folder(folder) for folder in path.parent.parts)
+        or _suffix(path.name) in weights
+        or _INDEX.fullmatch(path.name)
+        or (len(path.parts) == 1 and path.name in _NOT_CARRIED)
+        or path.name.startswith(".")
+    )
+
+
+def _module_folders(data: bytes | None) -> set[PurePosixPath]:
     """The subfolders that a sentence-transformers ``modules.json`` names; empty if there are none."""
-    path = root / "modules.json"
-    if not path.is_file() or path.stat().st_size > _MAX_MODULES_BYTES:
+    if data is None:
         return set()
     try:
-        modules = json.loads(path.read_bytes())
+        modules = json.loads(data)
     except (ValueError, RecursionError):
         return set()
     if not isinstance(modules, list):
@@ -113,7 +136,7 @@ def _is_skipped_folder(name: str) -> bool:
     return name.startswith((".", "checkpoint-")) or name == _INITIAL_ADAPTER or name in _OTHER_FORMATS
 
 
-def _refuse_pickled_module(folder: Path, files: list[str]) -> None:
+def _refuse_pickled_module(folder: PurePath, files: list[str]) -> None:
     pickled = [name for name in files if _suffix(name) in PICKLE_SUFFIXES]
     if pickled and not any(_suffix(name) == ".safetensors" for name in files):
         fact = f"{folder / pickled[0]} holds a module's weights as pickle"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
 from math import prod
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from pissa_hub.checkpoint.dtypes import CANONICAL_ORDER, DTYPES, TORCH_DTYPES
@@ -29,13 +29,15 @@ __all__ = [
     "TensorSpec",
     "build_header",
     "canonical",
+    "header_bytes",
+    "parse_header",
     "read_header",
 ]
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_NAME_CHARS = 1024
 MAX_DIMS = 32
-_LENGTH_BYTES = 8
+LENGTH_BYTES = 8
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _REDOWNLOAD = "download the file again"
@@ -136,8 +138,8 @@ def build_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> He
     for spec, span in zip(specs, spans, strict=True):
         table[spec.name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": span}
     text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _LENGTH_BYTES)
-    raw = len(text).to_bytes(_LENGTH_BYTES, "little") + text
+    text += b" " * (-len(text) % LENGTH_BYTES)
+    raw = len(text).to_bytes(LENGTH_BYTES, "little") + text
     entries = tuple(
         TensorEntry(spec, len(raw) + start, len(raw) + stop) for spec, (start, stop) in zip(specs, spans, strict=True)
     )
@@ -151,8 +153,21 @@ def read_header(path: Path) -> Header:
     Raises:
         HeaderError: one sentence that names the file, the tensor where one is at fault, and the remedy.
     """
-    raw, file_size = _read_raw(path)
-    text = raw[_LENGTH_BYTES:]
+    return parse_header(path, *_read_raw(path))
+
+
+def parse_header(path: PurePath, raw: bytes, file_size: int) -> Header:
+    """:func:`read_header`, of a file that lies elsewhere.
+
+    Args:
+        path: the file, for messages.
+        raw: its first :func:`header_bytes` bytes.
+        file_size: bytes of the whole file.
+
+    Raises:
+        HeaderError: as :func:`read_header`.
+    """
+    text = raw[LENGTH_BYTES:]
     if not text.startswith(b"{"):
         raise HeaderError(f"{path}: the header does not begin with '{{'", _REDOWNLOAD)
     try:
@@ -166,6 +181,32 @@ def read_header(path: Path) -> Header:
     return Header(tuple(entries), metadata, len(raw), file_size, raw)
 
 
+def header_bytes(path: PurePath, start: bytes, file_size: int) -> int:
+    """How many bytes at the start of a file its header takes, the eight of its length included.
+
+    Args:
+        path: the file, for messages.
+        start: its first eight bytes or more.
+        file_size: bytes of the whole file.
+
+    Raises:
+        HeaderError: there is no header of such a length.
+    """
+    prefix = start[:LENGTH_BYTES]
+    if prefix == b"version ":
+        raise HeaderError(f"{path} is a Git LFS pointer, not the weights", "run `git lfs pull` there")
+    if len(prefix) < LENGTH_BYTES:
+        raise HeaderError(f"{path} is too short for a safetensors file ({file_size} bytes)", _REDOWNLOAD)
+    length = int.from_bytes(prefix, "little")
+    if length > MAX_HEADER_BYTES:
+        fact = f"{path}: a header of {length} bytes is claimed, the format allows {MAX_HEADER_BYTES}"
+        raise HeaderError(fact, "check that it is a safetensors file, or download it again")
+    missing = LENGTH_BYTES + length - file_size
+    if missing > 0:
+        raise HeaderError(f"{path} is truncated: {missing} bytes of its header are missing", _REDOWNLOAD)
+    return LENGTH_BYTES + length
+
+
 def _read_raw(path: Path) -> tuple[bytes, int]:
     """The length and JSON bytes, and the file's size; reads nothing that the file's size does not allow."""
     try:
@@ -173,24 +214,13 @@ def _read_raw(path: Path) -> tuple[bytes, int]:
             raise HeaderError(f"{path} is not a file", "check the path or download the file again")
         with path.open("rb") as file:
             file_size = os.fstat(file.fileno()).st_size
-            prefix = file.read(_LENGTH_BYTES)
-            if prefix == b"version ":
-                raise HeaderError(f"{path} is a Git LFS pointer, not the weights", "run `git lfs pull` there")
-            if len(prefix) < _LENGTH_BYTES:
-                raise HeaderError(f"{path} is too short for a safetensors file ({file_size} bytes)", _REDOWNLOAD)
-            length = int.from_bytes(prefix, "little")
-            if length > MAX_HEADER_BYTES:
-                fact = f"{path}: a header of {length} bytes is claimed, the format allows {MAX_HEADER_BYTES}"
-                raise HeaderError(fact, "check that it is a safetensors file, or download it again")
-            missing = _LENGTH_BYTES + length - file_size
-            if missing > 0:
-                raise HeaderError(f"{path} is truncated: {missing} bytes of its header are missing", _REDOWNLOAD)
-            return prefix + file.read(length), file_size
+            prefix = file.read(LENGTH_BYTES)
+            return prefix + file.read(header_bytes(path, prefix, file_size) - LENGTH_BYTES), file_size
     except OSError as error:
         raise HeaderError(f"{path} cannot be read: {error.strerror}", "check the file and its permissions") from error
 
 
-def _checked_metadata(path: Path, metadata: Any) -> dict[str, str]:
+def _checked_metadata(path: PurePath, metadata: Any) -> dict[str, str]:
     if not isinstance(metadata, dict):
         raise HeaderError(f"{path}: __metadata__ is not an object", _REDOWNLOAD)
     for key, value in metadata.items():
@@ -201,7 +231,7 @@ def _checked_metadata(path: Path, metadata: Any) -> dict[str, str]:
     return metadata
 
 
-def _entry(path: Path, name: str, fields: Any, data_start: int) -> TensorEntry:
+def _entry(path: PurePath, name: str, fields: Any, data_start: int) -> TensorEntry:
     def refuse(fact: str) -> HeaderError:
         return HeaderError(f"{path}: tensor {shown(name)} {fact}", _REDOWNLOAD)
 
@@ -231,7 +261,7 @@ def _is_naturals(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
 
 
-def _check_tiling(path: Path, entries: list[TensorEntry], data_start: int, file_size: int) -> None:
+def _check_tiling(path: PurePath, entries: list[TensorEntry], data_start: int, file_size: int) -> None:
     end = data_start
     for entry in entries:
         if entry.start != end:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 from pissa_hub.checkpoint.header import Header
@@ -15,7 +15,7 @@ _SHARD_NAME = re.compile(r"(?!\.)[^/\\:\x00-\x1f\x7f\ud800-\udfff]{1,200}\.safet
 _REMEDY = "download the checkpoint again"
 
 
-def parse_index(path: Path, data: bytes) -> dict[str, Any]:
+def parse_index(path: PurePath, data: bytes) -> dict[str, Any]:
     """The index as stored, its ``weight_map`` checked to map tensor names to bare file names.
 
     Args:
@@ -42,7 +42,7 @@ def parse_index(path: Path, data: bytes) -> dict[str, Any]:
     return index
 
 
-def check_index(path: Path, index: Mapping[str, Any], headers: Mapping[str, Header]) -> None:
+def check_index(path: PurePath, index: Mapping[str, Any], headers: Mapping[str, Header]) -> None:
     """Check that a parsed index and the headers of its files, by file name, hold the same tensors.
 
     Raises:

@@ -1,19 +1,15 @@
-"""A folder of safetensors files -> an immutable :class:`Checkpoint`, from headers alone."""
+"""A folder or repository of safetensors files -> an immutable :class:`Checkpoint`, from headers alone."""
 
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
-from pissa_hub.checkpoint.ancillary import (
-    PICKLE_SUFFIXES,
-    declared_license,
-    other_files,
-    read_readme,
-)
-from pissa_hub.checkpoint.header import Header, TensorEntry, read_header
+from pissa_hub.checkpoint.ancillary import PICKLE_SUFFIXES, declared_license, read_readme
+from pissa_hub.checkpoint.files import Files, Folder
+from pissa_hub.checkpoint.header import Header, TensorEntry
 from pissa_hub.checkpoint.index import INDEX_NAME, check_index, parse_index
 from pissa_hub.checkpoint.reader import reading
 from pissa_hub.checkpoint.strict_json import shown
@@ -24,16 +20,15 @@ _ADAPTER_NAME = "adapter_model.safetensors"
 _MAX_INDEX_BYTES = 100_000_000
 _MAX_CONFIG_BYTES = 16 << 20
 _NUMBERED = re.compile(r".*-\d+-of-0*([1-9]\d*)\.safetensors")
-_HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(@\S+)?")
-_CACHE_FOLDER = re.compile(r"models--(.+)")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+# Repository and revision.
+HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@(\S+))?")
 _DECOMPOSED = ("pissa_manifest.json", "pissa_init", ".pissa")
 _FETCH_AGAIN = "download the checkpoint again"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One safetensors file: its bare name, where it lies, and its header."""
+    """One safetensors file: its bare name, where it lies once it is on this disk, and its header."""
 
     name: str
     path: Path
@@ -42,20 +37,20 @@ class Shard:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint as it lies on disk.
+    """A checkpoint as it lies in a folder or on the Hub.
 
     Attributes:
-        root: its folder.
+        files: what it consists of.
         shards: in name order.
         index: the parsed ``model.safetensors.index.json``, None for a single file; ``index_bytes`` as stored.
         config: the parsed ``config.json``, or None.
         other_files: relative POSIX names of the files to carry over.
         readme: the first MiB of README.md, or None.
-        repo_id: ``org/name`` where the folder is a snapshot in the Hub's cache; ``revision`` its commit.
+        repo_id: ``org/name`` where it is on the Hub or a snapshot in its cache; ``revision`` its commit.
         license: as the README's front matter declares it, or None.
     """
 
-    root: Path
+    files: Files = field(repr=False)
     shards: tuple[Shard, ...]
     index: Mapping[str, Any] | None
     index_bytes: bytes | None = field(repr=False)
@@ -65,6 +60,16 @@ class Checkpoint:
     repo_id: str | None
     revision: str | None
     license: str | None
+
+    @property
+    def place(self) -> PurePath:
+        """The folder or the repository's id, for messages."""
+        return self.files.place
+
+    @property
+    def root(self) -> Path:
+        """The folder; of a repository the one that holds what was fetched so far."""
+        return self.files.folder
 
     def tensors(self) -> Iterator[tuple[Shard, TensorEntry]]:
         """Every tensor, shard by shard in name order, within a shard in file order."""
@@ -81,7 +86,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     """
     path = Path(source)
     if path.exists():
-        _refuse_decomposed(_folder_of(path))
+        require_original(Folder(_folder_of(path)))
     return read_checkpoint(source)
 
 
@@ -99,62 +104,76 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
         raise _absent(str(source))
     root = _folder_of(path)
     with reading(root):
-        _refuse_adapter(root)
-        index_bytes = _bounded_bytes(root / INDEX_NAME, _MAX_INDEX_BYTES)
-        index = None if index_bytes is None else parse_index(root / INDEX_NAME, index_bytes)
-        if index is None:
-            names = [_single_file(root) if path == root else _given_file(path)]
-        else:
-            names = _indexed_files(path, root, index["weight_map"])
-        shards = tuple(Shard(name, root / name, read_header(root / name)) for name in names)
-        _check_unique(shards)
-        if index is not None:
-            check_index(root / INDEX_NAME, index, {shard.name: shard.header for shard in shards})
-        readme = read_readme(root)
-        repo_id, revision = _cache_location(root)
-        return Checkpoint(
-            root=root,
-            shards=shards,
-            index=index,
-            index_bytes=index_bytes,
-            config=_read_config(root / "config.json"),
-            other_files=other_files(root),
-            readme=readme,
-            repo_id=repo_id,
-            revision=revision,
-            license=declared_license(readme),
-        )
+        return read_files(Folder(root), None if path == root else path.name)
+
+
+def read_files(files: Files, name: str | None = None) -> Checkpoint:
+    """:func:`read_checkpoint`, wherever the files are.
+
+    Args:
+        files: the checkpoint's.
+        name: the file that is the whole checkpoint, where one was given.
+    """
+    _refuse_adapter(files)
+    index_bytes = _bounded_bytes(files, INDEX_NAME, _MAX_INDEX_BYTES)
+    index = None if index_bytes is None else parse_index(files.place / INDEX_NAME, index_bytes)
+    if index is None:
+        names = [_single_file(files) if name is None else _given_file(files.place / name)]
+    else:
+        names = _indexed_files(files, name, index["weight_map"])
+    shards = tuple(
+        Shard(name, files.folder / name, header) for name, header in zip(names, files.headers(names), strict=True)
+    )
+    _check_unique(files.place, shards)
+    if index is not None:
+        check_index(files.place / INDEX_NAME, index, {shard.name: shard.header for shard in shards})
+    files.find("README.md")
+    readme = read_readme(files.folder)
+    repo_id, revision = files.origin
+    return Checkpoint(
+        files=files,
+        shards=shards,
+        index=index,
+        index_bytes=index_bytes,
+        config=_read_config(files),
+        other_files=files.other_files(),
+        readme=readme,
+        repo_id=repo_id,
+        revision=revision,
+        license=declared_license(readme),
+    )
+
+
+def require_original(files: Files) -> None:
+    """Raises CheckpointError if a checkpoint is a decomposition, finished or not."""
+    for name in _DECOMPOSED:
+        if files.has(name):
+            fact = f"{files.place} is already decomposed: it holds {name}"
+            raise CheckpointError(fact, "give the original checkpoint")
 
 
 def _absent(source: str) -> CheckpointError:
-    hub_id = _HUB_ID.fullmatch(source)
+    hub_id = HUB_ID.fullmatch(source)
     if hub_id is None:
         return CheckpointError(f"{source} does not exist", "give a folder with a safetensors checkpoint")
-    fact = f"no folder {source}, and reading from the Hub is not supported yet"
-    return CheckpointError(fact, f"run `hf download {hub_id[1]} --local-dir FOLDER` first and give FOLDER")
+    return CheckpointError(
+        f"{source} is no folder here", f"run `hf download {hub_id[1]} --local-dir FOLDER` first and give FOLDER"
+    )
 
 
 def _folder_of(path: Path) -> Path:
     return path if path.is_dir() else path.parent
 
 
-def _refuse_decomposed(root: Path) -> None:
-    with reading(root):
-        for name in _DECOMPOSED:
-            if (root / name).exists():
-                fact = f"{root} is already decomposed: it holds {name}"
-                raise CheckpointError(fact, "give the original checkpoint")
+def _refuse_adapter(files: Files) -> None:
+    if files.has("adapter_config.json") and not files.has("config.json"):
+        raise CheckpointError(f"{files.place} holds a PEFT adapter, not a model", "give its base model instead")
 
 
-def _refuse_adapter(root: Path) -> None:
-    if (root / "adapter_config.json").exists() and not (root / "config.json").exists():
-        raise CheckpointError(f"{root} holds a PEFT adapter, not a model", "give its base model instead")
-
-
-def _single_file(root: Path) -> str:
-    """The one safetensors file of a folder without an index."""
-    files = sorted(path.name for path in root.iterdir() if path.is_file())
-    candidates = [name for name in files if name.endswith(".safetensors") and name != _ADAPTER_NAME]
+def _single_file(files: Files) -> str:
+    """The one safetensors file of a place without an index."""
+    root, names = files.place, files.names()
+    candidates = [name for name in names if name.endswith(".safetensors") and name != _ADAPTER_NAME]
     if SINGLE_NAME in candidates:
         return SINGLE_NAME
     if len(candidates) == 1:
@@ -162,13 +181,13 @@ def _single_file(root: Path) -> str:
     if candidates:
         fact = f"{root} holds {len(candidates)} safetensors files but no {INDEX_NAME}"
         raise CheckpointError(fact, "download the index too, or give the one file that is the model")
-    pickled = next((name for name in files if Path(name).suffix.lower() in PICKLE_SUFFIXES), None)
+    pickled = next((name for name in names if Path(name).suffix.lower() in PICKLE_SUFFIXES), None)
     if pickled is not None:
         raise _pickled(root / pickled)
     raise CheckpointError(f"{root} holds no safetensors file", "give the folder that holds model.safetensors")
 
 
-def _given_file(path: Path) -> str:
+def _given_file(path: PurePath) -> str:
     """The name of a file that is to be the whole checkpoint."""
     if path.suffix.lower() in PICKLE_SUFFIXES:
         raise _pickled(path)
@@ -181,37 +200,40 @@ def _given_file(path: Path) -> str:
     return path.name
 
 
-def _pickled(path: Path) -> CheckpointError:
+def _pickled(path: PurePath) -> CheckpointError:
     fact = f"{path} is a pickle, which can run code when loaded, and there is no safetensors file beside it"
     return CheckpointError(fact, "convert it: load the model with transformers and save_pretrained it to a new folder")
 
 
-def _indexed_files(path: Path, root: Path, weight_map: Mapping[str, str]) -> list[str]:
-    names = sorted(set(weight_map.values()))
-    if path != root and names != [path.name]:
-        raise CheckpointError(f"{path} is not a checkpoint by itself: {INDEX_NAME} lies beside it", f"give {root}")
-    if names != [SINGLE_NAME] and (root / SINGLE_NAME).exists():
+def _indexed_files(files: Files, given: str | None, weight_map: Mapping[str, str]) -> list[str]:
+    root, names = files.place, sorted(set(weight_map.values()))
+    if given is not None and names != [given]:
+        raise CheckpointError(
+            f"{root / given} is not a checkpoint by itself: {INDEX_NAME} lies beside it", f"give {root}"
+        )
+    if names != [SINGLE_NAME] and files.has(SINGLE_NAME):
         # transformers would load the single file, whatever the index says.
         raise CheckpointError(f"{root} holds both {SINGLE_NAME} and {INDEX_NAME}", "remove the one that is not meant")
     for name in names:
-        if not (root / name).is_file():
+        if not files.has(name):
             fact = f"{root / name} is missing, though {INDEX_NAME} names it"
             raise CheckpointError(fact, "download the whole checkpoint")
     return names
 
 
-def _check_unique(shards: Iterable[Shard]) -> None:
+def _check_unique(place: PurePath, shards: Iterable[Shard]) -> None:
     holder: dict[str, Shard] = {}
     for shard in shards:
         for entry in shard.header.entries:
             first = holder.setdefault(entry.name, shard)
             if first is not shard:
-                fact = f"tensor {shown(entry.name)} is in both {first.path} and {shard.name}"
+                fact = f"tensor {shown(entry.name)} is in both {place / first.name} and {shard.name}"
                 raise CheckpointError(fact, _FETCH_AGAIN)
 
 
-def _read_config(path: Path) -> dict[str, Any] | None:
-    data = _bounded_bytes(path, _MAX_CONFIG_BYTES)
+def _read_config(files: Files) -> dict[str, Any] | None:
+    path = files.place / "config.json"
+    data = _bounded_bytes(files, path.name, _MAX_CONFIG_BYTES)
     if data is None:
         return None
     try:
@@ -224,21 +246,10 @@ def _read_config(path: Path) -> dict[str, Any] | None:
     return config
 
 
-def _bounded_bytes(path: Path, limit: int) -> bytes | None:
+def _bounded_bytes(files: Files, name: str, limit: int) -> bytes | None:
     """The bytes of a small file, or None if there is none."""
-    if not path.is_file():
+    if not files.has(name):
         return None
-    with path.open("rb") as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise CheckpointError(f"{path} is larger than {limit} bytes", _FETCH_AGAIN)
-    return data
-
-
-def _cache_location(root: Path) -> tuple[str, str] | tuple[None, None]:
-    """Repository and commit of a snapshot folder in the Hub's cache."""
-    commit = root.absolute()
-    cached = _CACHE_FOLDER.fullmatch(commit.parent.parent.name)
-    if cached is None or commit.parent.name != "snapshots" or not _COMMIT.fullmatch(commit.name):
-        return None, None
-    return cached[1].replace("--", "/"), commit.name
+    if files.size(name) > limit:
+        raise CheckpointError(f"{files.place / name} is larger than {limit} bytes", _FETCH_AGAIN)
+    return files.path(name).read_bytes()

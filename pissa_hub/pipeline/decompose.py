@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from pissa_hub.checkpoint.reader import sha256_file
-from pissa_hub.checkpoint.source import open_checkpoint
+from pissa_hub.checkpoint.files import Files, Pin
 from pissa_hub.errors import ManifestError, OutputError
+from pissa_hub.hub.pull import pull_original
 from pissa_hub.manifest import MANIFEST_NAME, Manifest, load_manifest
 from pissa_hub.model.modules import resolve_layout
 from pissa_hub.pipeline.device import pick_device, worker_count
 from pissa_hub.pipeline.finish import CARD_NAME, finish
 from pissa_hub.pipeline.job import carry_out, check_whole
 from pissa_hub.pipeline.plan import ADAPTER_FOLDER, ADAPTER_NAME, Plan, ShardPlan, make_plan
-from pissa_hub.pipeline.receipts import Receipt, WorkFolder
+from pissa_hub.pipeline.receipts import Receipt, WorkFolder, pinned_commits
 from pissa_hub.pipeline.settings import Settings
 from pissa_hub.pipeline.workers import Decomposer
 from pissa_hub.progress import Progress
@@ -42,13 +42,22 @@ class Outcome:
     carried_over: int
 
 
-def plan_decomposition(source: str | Path, settings: Settings) -> Plan:
+def plan_decomposition(
+    source: str | Path, settings: Settings, output: Path | None = None, *, keep_source: bool = True
+) -> Plan:
     """The plan for a source, from headers and config.json alone; see ``pipeline.plan``.
+
+    Args:
+        source: see :func:`decompose`.
+        settings: what is asked for.
+        output: where it is to be followed: the unfinished work in it knows the commit of a source on the Hub.
+        keep_source: see :func:`decompose`.
 
     Raises:
         PissaHubError: the source is not a usable checkpoint, or the settings do not fit it.
     """
-    checkpoint = open_checkpoint(source)
+    pins = {} if output is None else pinned_commits(output)
+    checkpoint = pull_original(source, pins=pins, keep=keep_source)
     shapes = {entry.name: entry.shape for _, entry in checkpoint.tensors()}
     return make_plan(checkpoint, resolve_layout(checkpoint.config, shapes), settings)
 
@@ -58,6 +67,7 @@ def decompose(
     output: str | Path,
     *,
     device: str = "auto",
+    keep_source: bool = True,
     progress: Progress | None = None,
     **settings: Any,
 ) -> Outcome:
@@ -66,16 +76,19 @@ def decompose(
     A folder that an interrupted call left is carried on with; one that is finished is left as it is.
 
     Args:
-        source: folder of a safetensors checkpoint.
+        source: folder of a safetensors checkpoint, or ``org/name[@revision]`` on the Hub.
         output: folder to write; absent, empty, or of the same plan.
         device: ``auto`` (the first GPU, else the CPU), ``cpu``, ``cuda``, ``cuda:1``, ...
+        keep_source: whether the shards of a source on the Hub stay in the client's cache; if not, two of them are
+            on the disk at most.
         progress: told how far it is.
         settings: fields of :class:`~pissa_hub.pipeline.settings.Settings`, e.g. ``rank=64``.
 
     Raises:
         PissaHubError: see ``errors``; for a bad input nothing is left behind.
     """
-    return run(plan_decomposition(source, Settings(**settings)), Path(output), pick_device(device), progress)
+    plan = plan_decomposition(source, Settings(**settings), Path(output), keep_source=keep_source)
+    return run(plan, Path(output), pick_device(device), progress)
 
 
 def run(plan: Plan, output: Path, device: torch.device, progress: Progress | None = None) -> Outcome:
@@ -96,6 +109,14 @@ class _Decomposition:
     @property
     def inputs(self) -> Mapping[str, Path]:
         return {"source": self.plan.checkpoint.root}
+
+    @property
+    def source(self) -> Files:
+        return self.plan.checkpoint.files
+
+    @property
+    def pins(self) -> Collection[Pin]:
+        return [self.source.pin] if self.source.pin else []
 
     @property
     def digest(self) -> str:
@@ -158,5 +179,5 @@ def _is_of(plan: Plan, manifest: Manifest) -> bool:
         and sizes == {name: digest.size for name, digest in manifest.source.files.items()}
     )
     return same and all(
-        sha256_file(shard.source.path)[1] == manifest.source.files[shard.name].sha256 for shard in plan.shards
+        plan.checkpoint.files.holds(shard.name, manifest.source.files[shard.name]) for shard in plan.shards
     )

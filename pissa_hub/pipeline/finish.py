@@ -41,7 +41,7 @@ def finish(plan: Plan, receipts: Sequence[Receipt], output: Path, work: WorkFold
     for name in checkpoint.other_files:
         if name not in files:
             (output / name).parent.mkdir(parents=True, exist_ok=True)
-            files[name] = copy_file_atomic(checkpoint.root / name, output / name)
+            files[name] = copy_file_atomic(checkpoint.files.path(name), output / name)
     manifest = Manifest(
         tool={"name": "pissa_hub", "version": __version__},
         source=SourceRecord(

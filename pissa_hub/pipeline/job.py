@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Generic, Protocol, TypeVar
 
+from pissa_hub.checkpoint.files import Files, Pin
 from pissa_hub.checkpoint.writer import FileDigest
 from pissa_hub.errors import CheckpointError, MatrixError, OutputError, VerificationError
 from pissa_hub.pipeline.receipts import Receipt, WorkFolder
@@ -30,6 +31,14 @@ class Job(Protocol[W, R_co]):
     @property
     def inputs(self) -> Mapping[str, Path]:
         """What it is -> folder that is read, in which the output must not lie."""
+
+    @property
+    def source(self) -> Files:
+        """Where the shards come from."""
+
+    @property
+    def pins(self) -> Collection[Pin]:
+        """Of what is read from the Hub."""
 
     @property
     def digest(self) -> str:
@@ -92,6 +101,7 @@ def carry_out(job: Job[W, R], output: Path, progress: Progress | None = None) ->
     Raises:
         OutputError: the output folder cannot be used or written.
         CheckpointError, MatrixError, VerificationError: the input is bad; nothing is left of the output.
+        HubError: the input did not arrive; what is done so far stays.
     """
     progress = progress or Silent()
     work = WorkFolder(output, job.digest)
@@ -102,19 +112,26 @@ def carry_out(job: Job[W, R], output: Path, progress: Progress | None = None) ->
         return Done(result, was_finished=True, carried_over=0)
     _check_free(output, work, job.digest)
     absent = [path for path in (output.absolute(), *output.absolute().parents) if not path.exists()]
-    found = (work.receipt(shard.source) for shard in job.shards) if work.exists else ()
+    found = (work.receipt(shard.source.name, job.source) for shard in job.shards) if work.exists else ()
     receipts = {receipt.shard: receipt for receipt in found if receipt}
     held = frozenset(receipts)
-    _check_space(output, job.disk_bytes(held))
-    work.create(job.settings)
+    pending = [shard for shard in job.shards if shard.source.name not in held]
+    names = [shard.source.name for shard in pending]
+    _check_space(output, job.disk_bytes(held) + job.source.room(names))
+    work.create(job.settings, job.pins)
     _remove_partials(output)
     data = {shard.source.name: shard.source.header for shard in job.shards}
     sizes = {name: header.file_size - header.data_start for name, header in data.items()}
     progress.expect(sum(sizes.values()))
     progress.advance(sum(sizes[name] for name in held))
-    pending = [shard for shard in job.shards if shard.source.name not in held]
+
+    def accept(receipt: Receipt) -> None:
+        job.source.require_intact(receipt.shard, receipt.source)
+        job.accept(receipt)
+
     try:
-        written = stream(pending, output, work, job.worker, job.workers, job.accept, progress)
+        supply = job.source.supply(names, work.folder)
+        written = stream(pending, supply, output, work, job.worker, job.workers, accept, progress)
     except (CheckpointError, MatrixError, VerificationError):
         _remove_output(output, work, job.file_names, absent)
         raise

@@ -118,7 +118,7 @@ class Plan:
         """Most bytes on disk at once, less what the ``finished`` shards already take."""
         shards = [shard for shard in self.shards if shard.name not in finished]
         parts = sum(shard.adapter.file_size for shard in shards if shard.adapter)
-        carried = sum((self.checkpoint.root / name).stat().st_size for name in self.checkpoint.other_files)
+        carried = sum(self.checkpoint.files.size(name) for name in self.checkpoint.other_files)
         return sum(shard.output.file_size for shard in shards) + parts + self.adapter.file_size + carried
 
     @cached_property
@@ -254,7 +254,7 @@ def model_config(checkpoint: Checkpoint, weights: Iterable[WeightPlan]) -> bytes
     changed = {weight.residual_dtype for weight in weights if weight.residual_dtype != weight.stored.dtype}
     loaded_as = ADAPTER_DTYPES.get(str(config.get(key)))
     if loaded_as == "F32" or changed <= {loaded_as}:
-        return (checkpoint.root / "config.json").read_bytes()
+        return checkpoint.files.path("config.json").read_bytes()
     return _json({**config, key: "float32"})
 
 

@@ -16,10 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
+from pissa_hub.checkpoint.files import Supply
 from pissa_hub.checkpoint.header import Header, TensorEntry
 from pissa_hub.checkpoint.reader import Buffer, BufferPool, PoolClosedError, ShardReader
 from pissa_hub.checkpoint.source import Shard
 from pissa_hub.checkpoint.writer import FileDigest, ShardWriter
+from pissa_hub.errors import HubError
 from pissa_hub.factorization.precision import exact_fp32
 from pissa_hub.manifest import WeightRecord
 from pissa_hub.pipeline.receipts import Receipt, WorkFolder
@@ -117,6 +119,7 @@ _Result = _ToWrite[W] | _ShardEnd[W]
 
 def stream(
     shards: Sequence[PlannedShard[W]],
+    supply: Supply,
     output: Path,
     work: WorkFolder,
     equip: Callable[[], Worker[W]],
@@ -128,6 +131,7 @@ def stream(
 
     Args:
         shards: in the order of the work.
+        supply: of their files, in the same order.
         output, work: the folders.
         equip: makes a worker; fp32 products are exact while it works, see ``factorization.precision``.
         workers: how many of them.
@@ -137,6 +141,7 @@ def stream(
 
     Raises:
         CheckpointError: a shard cannot be read or changes meanwhile.
+        HubError: a shard did not arrive.
         OutputError: the output cannot be written.
         PissaHubError: what a worker or ``accept`` raises.
     """
@@ -149,23 +154,29 @@ def stream(
         cleanup.enter_context(exact_fp32())
         team = cleanup.enter_context(Team(workers, equip))
         # The reader hands out the work, so that results are taken even while it waits for buffers.
-        results = Prefetch(_hand_out(_read(shards, pool), team, progress), 2 * workers + _QUEUED)
+        results = Prefetch(_hand_out(_read(shards, supply, pool), team, progress), 2 * workers + _QUEUED)
         cleanup.callback(results.close)
         cleanup.callback(pool.close)
+        cleanup.callback(supply.close)
         try:
             for result in results:
                 sink.put(result.result())
         except PoolClosedError:
             sink.close()  # raises what the writer did not survive
             raise
+        except HubError:
+            sink.finish()  # what did arrive counts
+            raise
         sink.finish()
         return writers.receipts
 
 
-def _read(shards: Iterable[PlannedShard[W]], pool: BufferPool) -> Generator[_Read[W] | _ShardEnd[W], None, None]:
-    for shard in shards:
+def _read(
+    shards: Iterable[PlannedShard[W]], supply: Supply, pool: BufferPool
+) -> Generator[_Read[W] | _ShardEnd[W], None, None]:
+    for shard, path in zip(shards, supply, strict=True):
         header = shard.source.header
-        with ShardReader(shard.source.path, header) as reader:
+        with ShardReader(path, header) as reader:
             for entry in header.entries:
                 weight = shard.weights.get(entry.name)
                 buffer = pool.acquire(weight.room if weight else entry.nbytes)

@@ -256,7 +256,7 @@ def test_hub_sources_are_not_supported_yet(name: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(name)
     message = str(caught.value)
-    assert f"no folder {name}, and reading from the Hub is not supported yet" in message
+    assert f"{name} is no folder here" in message
     assert f"hf download {name.partition('@')[0]} --local-dir" in message
 
 

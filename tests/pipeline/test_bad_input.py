@@ -322,6 +322,7 @@ def test_absent_source(capfd: Capture, tmp_path: Path, either_output: Path) -> N
 
 def test_hub_id(capfd: Capture, tmp_path: Path, either_output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     line = refused(capfd, Path("meta-llama/Llama-3.2-1B"), either_output)
     assert "hf download meta-llama/Llama-3.2-1B" in line
 

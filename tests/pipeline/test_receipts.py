@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pissa_hub.checkpoint.files import Folder
 from pissa_hub.checkpoint.header import TensorSpec, build_header
 from pissa_hub.checkpoint.source import Shard
 from pissa_hub.checkpoint.writer import FileDigest
@@ -65,15 +66,15 @@ def receipt(work: WorkFolder, shard: Shard, tmp_path: Path) -> Receipt:
 
 
 def test_comes_back_as_it_was(work: WorkFolder, shard: Shard, receipt: Receipt) -> None:
-    assert work.receipt(shard) == receipt
+    assert work.receipt(shard.name, Folder(shard.path.parent)) == receipt
 
 
 def test_shard_without_targets_has_no_adapter(work: WorkFolder, shard: Shard, receipt: Receipt) -> None:
     bare = replace(receipt, adapter=None, weights=())
     work.adapter_part(NAME).unlink()
-    assert work.receipt(shard) is None
+    assert work.receipt(shard.name, Folder(shard.path.parent)) is None
     work.write(bare)
-    assert work.receipt(shard) == bare
+    assert work.receipt(shard.name, Folder(shard.path.parent)) == bare
 
 
 @pytest.mark.parametrize("which", ["source", "output", "adapter"])
@@ -86,16 +87,16 @@ def test_is_void_without_its_files(
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:-1] + (b"x" if damage == "other" else b""))
-    assert work.receipt(shard) is None
+    assert work.receipt(shard.name, Folder(shard.path.parent)) is None
 
 
 def test_is_void_for_another_plan_or_shard(work: WorkFolder, shard: Shard, receipt: Receipt, tmp_path: Path) -> None:
-    assert WorkFolder(tmp_path / "out", "another").receipt(shard) is None
+    assert WorkFolder(tmp_path / "out", "another").receipt(shard.name, Folder(shard.path.parent)) is None
     other = replace(shard, name="model-00002-of-00002.safetensors")
-    assert work.receipt(other) is None
+    assert work.receipt(other.name, Folder(other.path.parent)) is None
     (path,) = (tmp_path / "out" / ".pissa").glob("*.receipt.json")
     path.rename(path.with_name(f"{other.name}.receipt.json"))
-    assert work.receipt(other) is None
+    assert work.receipt(other.name, Folder(other.path.parent)) is None
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,7 @@ def test_is_void_for_another_plan_or_shard(work: WorkFolder, shard: Shard, recei
 def test_torn_receipt_is_none(work: WorkFolder, shard: Shard, receipt: Receipt, tmp_path: Path, text: str) -> None:
     (path,) = (tmp_path / "out" / ".pissa").glob("*.receipt.json")
     path.write_text(text)
-    assert work.receipt(shard) is None
+    assert work.receipt(shard.name, Folder(shard.path.parent)) is None
 
 
 def test_receipt_of_other_fields_is_none(work: WorkFolder, shard: Shard, receipt: Receipt, tmp_path: Path) -> None:
@@ -119,9 +120,9 @@ def test_receipt_of_other_fields_is_none(work: WorkFolder, shard: Shard, receipt
         {**table, "weights": 3},
     ):
         path.write_text(json.dumps(spoiled))
-        assert work.receipt(shard) is None
+        assert work.receipt(shard.name, Folder(shard.path.parent)) is None
     path.write_text(json.dumps(table))
-    assert work.receipt(shard) == receipt
+    assert work.receipt(shard.name, Folder(shard.path.parent)) == receipt
 
 
 def test_folder_tells_whose_work_it_holds(work: WorkFolder, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from pissa_hub import decompose
+from pissa_hub.checkpoint.files import Folder, Supply
 from pissa_hub.checkpoint.header import Header, TensorSpec, build_header
 from pissa_hub.checkpoint.reader import BufferPool, ShardReader
 from pissa_hub.checkpoint.source import Shard, read_checkpoint
@@ -155,6 +156,12 @@ def doubled_shards(source: Path) -> list[DoubledShard]:
     ]
 
 
+def supply_of(shards: list[DoubledShard]) -> Supply:
+    """The shards where they lie."""
+    folder = Folder(shards[0].source.path.parent)
+    return folder.supply([shard.source.name for shard in shards], folder.folder)
+
+
 def work_in(output: Path) -> WorkFolder:
     work = WorkFolder(output, "digest")
     work.create({})
@@ -182,7 +189,11 @@ def test_worker_may_widen_and_add_tensors(
     monkeypatch.setattr(stream, "BUFFER_BUDGET", budget)
     monkeypatch.setattr(BufferPool, "acquire", acquire)
     output, found = tmp_path / "out", {}
-    in_time(lambda: stream.stream(shards, output, work_in(output), lambda: double, 2, lambda receipt: None, Silent()))
+    in_time(
+        lambda: stream.stream(
+            shards, supply_of(shards), output, work_in(output), lambda: double, 2, lambda receipt: None, Silent()
+        )
+    )
     assert len(pools) == sum(len(shard.source.header.entries) for shard in shards)
     for path in output.glob("*.safetensors"):
         found |= load_file(path)
@@ -205,8 +216,11 @@ def test_shard_counts_only_if_it_is_accepted(tiny_checkpoint: Factory, tmp_path:
             raise VerificationError("another shard", "give the right one")
 
     with pytest.raises(VerificationError, match="another shard"):
-        in_time(lambda: stream.stream(shards, output, work, lambda: double, 2, accept, Silent()))
-    first, second = work.receipt(shards[0].source), work.receipt(shards[1].source)
+        in_time(lambda: stream.stream(shards, supply_of(shards), output, work, lambda: double, 2, accept, Silent()))
+    first, second = (
+        work.receipt(shards[0].source.name, Folder(shards[0].source.path.parent)),
+        work.receipt(shards[1].source.name, Folder(shards[0].source.path.parent)),
+    )
     assert first is not None
     assert first.weights == ()
     assert second is None

@@ -1,0 +1,166 @@
+"""The files of a checkpoint, wherever they lie: what is asked of a place, and a folder as such a place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Protocol
+
+from pissa_hub.checkpoint.ancillary import other_files
+from pissa_hub.checkpoint.header import Header, read_header
+from pissa_hub.checkpoint.reader import sha256_file
+from pissa_hub.checkpoint.writer import FileDigest
+from pissa_hub.errors import CheckpointError
+
+_CACHE_FOLDER = re.compile(r"models--(.+)")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class Pin:
+    """A revision of a Hub repository as it was asked for, and the commit that it stood for then."""
+
+    repo_id: str
+    asked: str
+    commit: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.repo_id}@{self.asked}"
+
+
+class Supply(Protocol):
+    """Shards that come to this disk one after the other."""
+
+    def __iter__(self) -> Iterator[Path]:
+        """Where each of them lies until the next one is asked for; iterated once, on one thread."""
+
+    def close(self) -> None:
+        """Stop; from any thread, also while another one waits for a shard, which then gets an error."""
+
+
+class Files(Protocol):
+    """Where a checkpoint lies. Names are relative and POSIX; whatever fails raises a PissaHubError."""
+
+    @property
+    def place(self) -> PurePath:
+        """The folder or the repository's id, for messages."""
+
+    @property
+    def folder(self) -> Path:
+        """Where :meth:`find` puts what it finds."""
+
+    @property
+    def pin(self) -> Pin | None:
+        """On the Hub, which commit this is."""
+
+    @property
+    def origin(self) -> tuple[str, str] | tuple[None, None]:
+        """Repository and commit on the Hub, as far as they are known."""
+
+    def names(self) -> list[str]:
+        """Files at the top, sorted."""
+
+    def other_files(self) -> tuple[str, ...]:
+        """What is carried over; see ``checkpoint.ancillary``."""
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file or folder."""
+
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+
+    def find(self, name: str) -> Path | None:
+        """A file on this disk, fetched where it was not; None if there is none."""
+
+    def path(self, name: str) -> Path:
+        """:meth:`find`, of a file that there is."""
+
+    def headers(self, names: Sequence[str]) -> list[Header]:
+        """Of safetensors files, without their tensors."""
+
+    def holds(self, name: str, digest: FileDigest) -> bool:
+        """Whether a shard has this content."""
+
+    def require_intact(self, name: str, found: FileDigest) -> None:
+        """Raises unless what a supply gave is what it was to give."""
+
+    def room(self, names: Sequence[str]) -> int:
+        """Most bytes of a supply that are in its work folder at once."""
+
+    def supply(self, names: Sequence[str], work: Path) -> Supply:
+        """Shards in the order of their use; ``work`` is a folder for what is not to stay."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A checkpoint on this disk; a snapshot in the Hub's cache knows its origin."""
+
+    folder: Path
+
+    pin = None
+
+    @property
+    def place(self) -> Path:
+        return self.folder
+
+    @property
+    def origin(self) -> tuple[str, str] | tuple[None, None]:
+        commit = self.folder.absolute()
+        cached = _CACHE_FOLDER.fullmatch(commit.parent.parent.name)
+        if cached is None or commit.parent.name != "snapshots" or not _COMMIT.fullmatch(commit.name):
+            return None, None
+        return cached[1].replace("--", "/"), commit.name
+
+    def names(self) -> list[str]:
+        return sorted(path.name for path in self.folder.iterdir() if path.is_file())
+
+    def other_files(self) -> tuple[str, ...]:
+        return other_files(self.folder)
+
+    def has(self, name: str) -> bool:
+        return (self.folder / name).exists()
+
+    def size(self, name: str) -> int:
+        return (self.folder / name).stat().st_size
+
+    def find(self, name: str) -> Path | None:
+        path = self.folder / name
+        return path if path.is_file() else None
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+    def headers(self, names: Sequence[str]) -> list[Header]:
+        return [read_header(self.folder / name) for name in names]
+
+    def holds(self, name: str, digest: FileDigest) -> bool:
+        path = self.folder / name
+        try:
+            return path.stat().st_size == digest.size and FileDigest(*sha256_file(path)) == digest
+        except (OSError, CheckpointError):
+            return False
+
+    def require_intact(self, name: str, found: FileDigest) -> None:
+        """The file is its own standard."""
+
+    def room(self, names: Sequence[str]) -> int:
+        return 0
+
+    def supply(self, names: Sequence[str], work: Path) -> Supply:
+        return _OnDisk(tuple(self.folder / name for name in names))
+
+
+@dataclass(frozen=True)
+class _OnDisk:
+    """Shards that lie here already."""
+
+    paths: tuple[Path, ...]
+
+    def __iter__(self) -> Iterator[Path]:
+        return iter(self.paths)
+
+    def close(self) -> None:
+        """Nobody waits."""

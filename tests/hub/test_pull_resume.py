@@ -1,0 +1,120 @@
+"""A run that was stopped carries on at the commit that it began with, without what it has done."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ..helpers import files_of
+from ..loopback.server import LoopbackHub
+from .pulling import REPO, SETTINGS, Client, assert_same_but_source, shard_requests
+
+
+def receipts_in(output: Path) -> set[str]:
+    return {path.name.removesuffix(".receipt.json") for path in (output / ".pissa").glob("*.receipt.json")}
+
+
+def stopped_after(
+    client: Client, output: Path, command: tuple[object, ...], count: int, how: signal.Signals
+) -> tuple[int, str]:
+    """Start a command, stop it once it has so many receipts; its exit status and stderr."""
+    process = client.start(*command)
+    wait_until(lambda: len(receipts_in(output)) >= count or process.poll() is not None)
+    process.send_signal(how)
+    started = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - started < 15
+    return process.returncode, err
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize(("how", "keep"), [("SIGKILL", "no"), ("SIGINT", "no"), ("SIGKILL", "yes")])
+def test_stopped_run_carries_on_though_the_branch_moved(
+    client: Client, hub: LoopbackHub, local: Path, tmp_path: Path, how: str, keep: str
+) -> None:
+    output = tmp_path / "out"
+    command = ("decompose", REPO, "-o", output, *SETTINGS, "--keep-source", keep)
+    hub.fail(r"\.safetensors$", None, times=40, seconds=0.2, origin="cdn")
+    code, err = stopped_after(client, output, command, 3, signal.Signals[how])
+    assert code == (130 if how == "SIGINT" else -9), err
+    hub.heal()
+    done, fetched = receipts_in(output), len(shard_requests(hub))
+    assert 3 <= len(done) < 11
+    began_with = hub.commits(REPO)[0].sha
+    hub.commit(REPO, {"config.json": b"{}", "tokenizer.json": b"other", "new.json": b"{}"})
+    client.run(*command)
+    assert_same_but_source(output, local)
+    assert began_with.encode() in files_of(output)["pissa_manifest.json"]
+    assert not done & set(shard_requests(hub)[fetched:])
+
+
+def test_stopped_restoration_carries_on_though_both_branches_moved(
+    client: Client, hub: LoopbackHub, local: Path, tmp_path: Path
+) -> None:
+    hub.upload_folder("org/pissa", local)
+    output = tmp_path / "out"
+    command = ("restore", REPO, "--init", "org/pissa", "-o", output, "--keep-source", "no")
+    hub.fail(r"\.safetensors$", None, times=40, seconds=0.2, origin="cdn")
+    code, err = stopped_after(client, output, command, 3, signal.SIGKILL)
+    assert code == -9, err
+    hub.heal()
+    done, fetched = receipts_in(output), len(shard_requests(hub))
+    hub.commit(REPO, {"config.json": b"{}", "tokenizer.json": b"other"})
+    hub.commit("org/pissa", {"pissa_manifest.json": b"{}"})
+    client.run(*command)
+    assert files_of(output) == files_of(local)
+    assert not done & set(shard_requests(hub)[fetched:])
+
+
+def test_interrupt_does_not_wait_for_the_shard_on_its_way(client: Client, hub: LoopbackHub, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    hub.fail(r"\.safetensors$", None, times=40, seconds=0.3, origin="cdn")
+    process = client.start("decompose", REPO, "-o", output, *SETTINGS, "--keep-source", "no")
+    wait_until(lambda: len(receipts_in(output)) == 1 or process.poll() is not None)
+    hub.heal()
+    hub.fail(r"\.safetensors$", None, times=2, seconds=20, origin="cdn")
+    time.sleep(2)  # all that came before is done
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert time.monotonic() - started < 10
+
+
+def test_lost_hub_leaves_what_is_done(client: Client, hub: LoopbackHub, local: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    command = ("decompose", REPO, "-o", output, *SETTINGS, "--keep-source", "no")
+    hub.fail(r"resolve/.*/model-00005.*\.safetensors$", 403, times=20, method="HEAD")
+    (ran,) = client.run_all(command)
+    assert f"the Hub answers {REPO}/model-00005-of-00011.safetensors with status 403" in ran.error
+    assert len(receipts_in(output)) == 4
+    hub.heal()
+    client.run(*command)
+    assert_same_but_source(output, local)
+
+
+def test_bad_weight_leaves_nothing(loopback_hub: Callable[..., LoopbackHub], source: Path, tmp_path: Path) -> None:
+    path = sorted(source.glob("model-*.safetensors"))[4]
+    tensors = load_file(path)
+    name = next(name for name in tensors if "proj" in name)
+    tensors[name] = torch.full_like(tensors[name], float("nan"))
+    save_file(tensors, path, {"format": "pt"})
+    hub = loopback_hub()
+    hub.upload_folder(REPO, source)
+    (ran,) = Client(hub, tmp_path / "home").run_all(
+        ("decompose", REPO, "-o", tmp_path / "parent" / "out", *SETTINGS, "--keep-source", "no")
+    )
+    assert name in ran.error
+    assert not (tmp_path / "parent").exists()
