@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Generic, Protocol, TypeVar
 
 from pissa_hub.checkpoint.writer import FileDigest
-from pissa_hub.errors import CheckpointError, MatrixError, OutputError, VerificationError
+from pissa_hub.errors import AdapterError, CheckpointError, MatrixError, OutputError, VerificationError
 from pissa_hub.pipeline.receipts import Receipt, WorkFolder
 from pissa_hub.pipeline.stream import PlannedShard, PlannedWeight, Worker, stream
 from pissa_hub.progress import Progress, Silent
@@ -91,7 +91,7 @@ def carry_out(job: Job[W, R], output: Path, progress: Progress | None = None) ->
 
     Raises:
         OutputError: the output folder cannot be used or written.
-        CheckpointError, MatrixError, VerificationError: the input is bad; nothing is left of the output.
+        AdapterError, CheckpointError, MatrixError, VerificationError: the input is bad; nothing is left of the output.
     """
     progress = progress or Silent()
     work = WorkFolder(output, job.digest)
@@ -115,7 +115,7 @@ def carry_out(job: Job[W, R], output: Path, progress: Progress | None = None) ->
     pending = [shard for shard in job.shards if shard.source.name not in held]
     try:
         written = stream(pending, output, work, job.worker, job.workers, job.accept, progress)
-    except (CheckpointError, MatrixError, VerificationError):
+    except (AdapterError, CheckpointError, MatrixError, VerificationError):
         _remove_output(output, work, job.file_names, absent)
         raise
     receipts.update({receipt.shard: receipt for receipt in written})
