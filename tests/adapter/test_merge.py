@@ -20,7 +20,7 @@ from pissa_hub.errors import AdapterError, PlanError
 from ..conftest import SHARDED, Factory
 from ..helpers import MANIFEST, deviation, files_of, header_bytes, outputs_of, run_cli, tensors_of
 from .kinds import DORA, FURTHER, KINDS, LINEAR, PEFT_OWN, Kind
-from .trained import CONFIG, PEFTS_OWN_WARNINGS, WEIGHTS, Trained, Training, dense_updates, load
+from .trained import CONFIG, OLD_PEFT, PEFTS_OWN_WARNINGS, WEIGHTS, Trained, Training, dense_updates, load
 
 pytestmark = PEFTS_OWN_WARNINGS
 
@@ -143,7 +143,7 @@ def test_the_result_computes_what_the_adapter_did(trained: Training, merged: Res
     assert deviation(outputs_of(loaded(merged(name), done)), done.expected) <= 1e-5
 
 
-@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.skipif(OLD_PEFT, reason="says what newer versions of PEFT do")
 @pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied:UserWarning")
 @pytest.mark.parametrize("name", MERGED)
 def test_the_result_is_what_peft_merges(trained: Training, merged: Result, tmp_path: Path, name: str) -> None:
