@@ -226,7 +226,8 @@ class _Rank(click.ParamType):  # type: ignore[type-arg]  # generic since click 8
     name = "exact|N|auto"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | int:
-        return int(value) if str(value).isdecimal() else str(value)
+        text = str(value)
+        return int(text) if text.isdecimal() and len(text) < 10 else text
 
 
 @cli.command()
@@ -236,6 +237,7 @@ class _Rank(click.ParamType):  # type: ignore[type-arg]  # generic since click 8
 @click.option(
     "--rank",
     type=_Rank(),
+    metavar="exact|N|auto",
     default="exact",
     show_default=True,
     help="Rank of the LoRA: every direction that training changed, a number, or the smallest within --max-error.",

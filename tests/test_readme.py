@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from pissa_hub.cli import cli, decompose
+import pissa_hub
+from pissa_hub.cli import cli
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -18,9 +19,17 @@ def test_every_command_is_in_the_table_and_has_help() -> None:
         assert command.help
 
 
-def test_every_option_of_decompose_is_named() -> None:
-    options = [option for option in decompose.params if isinstance(option, click.Option)]
-    missing = [option.opts[-1] for option in options if not any(name in README for name in option.opts)]
+def test_every_option_is_named() -> None:
+    for command in cli.commands.values():
+        options = [option for option in command.params if isinstance(option, click.Option)]
+        missing = [option.opts for option in options if not any(name in README for name in option.opts)]
+        assert not missing, command.name
+
+
+def test_every_verb_of_the_library_is_named() -> None:
+    verbs = [name for name in pissa_hub.__all__ if name.islower() and not name.startswith("_")]
+    assert len(verbs) > 5
+    missing = [name for name in verbs if f"pissa_hub.{name}" not in README and f"pissa-hub {name}" not in README]
     assert not missing
 
 

@@ -21,12 +21,20 @@ from pissa_hub import __version__
 from pissa_hub.adapter.config import CONFIG_NAME, to_json
 from pissa_hub.adapter.export import lora_config, module_specs, saved_specs
 from pissa_hub.adapter.initial import INITIAL_FILES, Initial, hub_id, open_initial
-from pissa_hub.adapter.pairs import CONVERSION_NAME, Pair, pair_up, require_descent
-from pissa_hub.adapter.peft_files import ADAPTER_FILES, WEIGHTS_NAME, Adapter, open_adapter
+from pissa_hub.adapter.pairs import Pair, pair_up, require_descent
+from pissa_hub.adapter.peft_files import (
+    ADAPTER_FILES,
+    CONVERSION_NAME,
+    WEIGHTS_NAME,
+    Adapter,
+    open_adapter,
+    read_finite,
+)
 from pissa_hub.adapter.record import ConversionRecord, ModuleRecord, load_conversion
 from pissa_hub.adapter.servers import Server, find_server, require_servable
 from pissa_hub.adapter.settings import AUTO, EXACT, ConversionSettings
 from pissa_hub.adapter.workers import Spectrum, Worker, in_order, team_of
+from pissa_hub.checkpoint.encoding import is_plain
 from pissa_hub.checkpoint.folder import folder_that_appears_whole
 from pissa_hub.checkpoint.header import TORCH_DTYPES, build_header, canonical
 from pissa_hub.checkpoint.reader import sha256_file
@@ -80,12 +88,13 @@ def convert(
     """
     chosen = ConversionSettings(**settings)
     server = find_server(chosen.server)
-    trained = open_adapter(pull_folder(adapter, ADAPTER_FILES).folder)
+    trained = open_adapter(pull_folder(adapter, {*ADAPTER_FILES, CONVERSION_NAME}).folder)
     initial = open_initial(pull_folder(init, INITIAL_FILES).folder)
+    output = Path(output).resolve()
     pairs = pair_up(trained, initial)
-    notes = require_servable(server, trained, _model_type(initial))
+    notes = require_servable(server, trained, _base_config(initial))
     job = _Job(trained, initial, pairs, chosen, server, progress or Silent())
-    found = _finished(Path(output), job)
+    found = _finished(output, job)
     if found is not None:
         return Conversion(found, was_finished=True)
     job.progress.expect(2 * sum(module.lora_A.nbytes + module.lora_B.nbytes for module in trained.modules.values()))
@@ -96,7 +105,7 @@ def convert(
             )
         spectra = list(in_order(team, [partial(Worker.spectrum, pair=pair) for pair in pairs]))
         ranks = job.ranks(spectra)
-        with folder_that_appears_whole(Path(output)) as folder:
+        with folder_that_appears_whole(output) as folder:
             record = job.write(folder, team, spectra, ranks, [*notes, *job.notes(spectra)])
     return Conversion(record, was_finished=False)
 
@@ -192,6 +201,8 @@ class _Job:
                 records.append(_record(pair, ranks[len(records)], spectrum, written.error))
             with TensorFile(self.trained.path, self.trained.header) as source:
                 for stored, spec in saved.items():
+                    if is_plain(spec.dtype):
+                        read_finite(source, stored)
                     writer.write(spec.name, source.read_bytes(stored))
             files = {WEIGHTS_NAME: writer.commit()}
         self._require_within(records)
@@ -255,6 +266,8 @@ def _finished(output: Path, job: _Job) -> ConversionRecord | None:
     if not output.is_dir():
         raise OutputError(f"{output} is not a folder", "choose another one")
     if not any(output.iterdir()):
+        if output == Path.cwd():
+            raise OutputError(f"{output} is the current folder", "give a new one")
         return None
     try:
         record = load_conversion(output)
@@ -276,12 +289,12 @@ def _digests(adapter: Adapter) -> dict[str, FileDigest]:
     return {name: FileDigest(*sha256_file(adapter.folder / name)) for name in (WEIGHTS_NAME, CONFIG_NAME)}
 
 
-def _model_type(initial: Initial) -> str | None:
-    """Of the residual's config.json, where there is one."""
+def _base_config(initial: Initial) -> dict[str, Any]:
+    """The residual's config.json, where there is one."""
     try:
-        return str(parse_object((initial.root / "config.json").read_bytes())["model_type"])
-    except (OSError, ValueError, KeyError):
-        return None
+        return parse_object((initial.root / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pissa_hub.adapter.config import CONFIG_NAME
-from pissa_hub.adapter.peft_files import ADAPTER_FILES, WEIGHTS_NAME, Adapter, open_adapter
+from pissa_hub.adapter.peft_files import ADAPTER_FILES, CONVERSION_NAME, WEIGHTS_NAME, Adapter, open_adapter
 from pissa_hub.checkpoint.reader import sha256_file
 from pissa_hub.checkpoint.writer import FileDigest
 from pissa_hub.errors import AdapterError, ManifestError
@@ -91,13 +91,26 @@ def open_decomposed(path: str | Path) -> tuple[Initial, Manifest]:
 
 def hub_id(name: object) -> str | None:
     """The name, if it can only be a Hub id: never a local path."""
-    return name if isinstance(name, str) and _HUB_ID.fullmatch(name) and not Path(name).exists() else None
+    return name if isinstance(name, str) and is_hub_id(name) and not Path(name).exists() else None
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name is ``org/name`` as the Hub takes it."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
+def looks_initial(folder: Path) -> bool:
+    """Whether a folder lies where decompose or a trainer leaves an initial state."""
+    return _decomposed_root(folder) is not None or folder.resolve().name in _FOREIGN_FOLDERS
 
 
 def require_init(adapter: Path, init: Path | None) -> Path:
-    """``init``, if it was given. Raises AdapterError that says where it may lie, if not."""
+    """``init``, if it was given. Raises AdapterError that says where it may lie, if not, or that of a bad adapter."""
     if init is not None:
         return init
+    open_adapter(adapter)
+    if (adapter / CONVERSION_NAME).exists():
+        raise AdapterError(f"{adapter} is converted already", "load it on the original base as it is")
     places = [folder / name for folder in (adapter, adapter.parent) for name in _FOREIGN_FOLDERS]
     found = next((place for place in places if (place / CONFIG_NAME).is_file()), None)
     remedy = (
@@ -137,7 +150,7 @@ def _foreign(folder: Path) -> Initial:
 
 
 def _absent(path: str) -> AdapterError:
-    if _HUB_ID.fullmatch(path.partition("@")[0]):
+    if is_hub_id(path.partition("@")[0]):
         return AdapterError(
             f"{path} is no folder here",
             f"run `hf download {path.partition('@')[0]} --local-dir FOLDER` first and give FOLDER",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
@@ -13,13 +13,12 @@ from typing import Any
 import torch
 
 from pissa_hub import __version__
-from pissa_hub.adapter.config import CONFIG_NAME
 from pissa_hub.adapter.initial import INITIAL_FILES, Initial, open_decomposed
 from pissa_hub.adapter.merge_plan import MergedShard, MergePlan, plan_merge
 from pissa_hub.adapter.merge_record import MERGE_NAME, MergeRecord, load_merge
 from pissa_hub.adapter.merger import Merger
-from pissa_hub.adapter.pairs import CONVERSION_NAME, Pair, pair_up, require_descent
-from pissa_hub.adapter.peft_files import ADAPTER_FILES, WEIGHTS_NAME, Adapter, open_adapter
+from pissa_hub.adapter.pairs import Pair, pair_up, require_descent
+from pissa_hub.adapter.peft_files import ADAPTER_FILES, CONVERSION_NAME, Adapter, open_adapter
 from pissa_hub.adapter.record import load_conversion
 from pissa_hub.adapter.workers import Worker, in_order, team_of
 from pissa_hub.checkpoint.files import Files, Pin
@@ -97,7 +96,8 @@ def merge(
         pairs = pair_up(trained, parent.initial)
         if not trust_init and not (Path(output) / MERGE_NAME).exists():
             _require_descent(trained, parent.initial, pairs, where, progress)
-    done = carry_out(_Merging(plan, trained, pulled.pin, parent, dtype, where), Path(output), progress)
+    digests = {name: FileDigest(*sha256_file(trained.folder / name)) for name in ADAPTER_FILES}
+    done = carry_out(_Merging(plan, trained, pulled.pin, parent, dtype, where, digests), Path(output), progress)
     return Merged(done.result, done.was_finished, done.carried_over)
 
 
@@ -182,13 +182,9 @@ class _Merging:
     parent: _Parent
     dtype: str
     device: torch.device
-    _adapter_files: Mapping[str, FileDigest] = field(init=False, repr=False)
+    adapter_files: Mapping[str, FileDigest]
 
     marker = MERGE_NAME
-
-    def __post_init__(self) -> None:
-        digests = {name: FileDigest(*sha256_file(self.adapter.folder / name)) for name in (WEIGHTS_NAME, CONFIG_NAME)}
-        object.__setattr__(self, "_adapter_files", digests)
 
     @property
     def inputs(self) -> Mapping[str, Path]:
@@ -208,7 +204,7 @@ class _Merging:
             [shard.source.name, _sha256(shard.source.header.raw), _sha256(shard.output.raw)] for shard in self.shards
         ]
         generated = {name: _sha256(data) for name, data in self.plan.generated.items()}
-        adapter = {name: digest.sha256 for name, digest in self._adapter_files.items()}
+        adapter = {name: digest.sha256 for name, digest in self.adapter_files.items()}
         whole = ["merge", __version__, self.settings, shards, generated, adapter, self.plan.checkpoint.other_files]
         return _sha256(json.dumps(whole, sort_keys=True).encode())
 
@@ -238,7 +234,7 @@ class _Merging:
 
     def recognise(self, output: Path) -> MergeRecord:
         record = load_merge(output)
-        if (record.settings, record.adapter) != (self.settings, self._adapter_files):
+        if (record.settings, record.adapter) != (self.settings, self.adapter_files):
             raise OutputError(f"{output} holds another merge", "choose another folder or remove it")
         check_whole(output, record.files)
         for shard in self.shards:
@@ -266,7 +262,7 @@ class _Merging:
             settings=self.settings,
             base={"repo_id": source.repo_id, "revision": source.revision, "license": source.license},
             shards={receipt.shard: receipt.source for receipt in receipts},
-            adapter=self._adapter_files,
+            adapter=self.adapter_files,
             notes=self.plan.notes,
             files=files,
         )

@@ -10,7 +10,7 @@ from pissa_hub.adapter.config import to_json
 from pissa_hub.adapter.merge_places import MergedTensor, find_places
 from pissa_hub.adapter.peft_files import Adapter
 from pissa_hub.checkpoint.encoding import is_plain
-from pissa_hub.checkpoint.header import DTYPES, Header, TensorSpec, build_header, canonical
+from pissa_hub.checkpoint.header import Header, TensorSpec, build_header, canonical
 from pissa_hub.checkpoint.index import INDEX_NAME
 from pissa_hub.checkpoint.source import Checkpoint, Shard
 from pissa_hub.model.modules import ModelLayout
@@ -25,7 +25,7 @@ class MergedWeight:
 
     Attributes:
         stored: as the base has it.
-        tensors: all that it becomes, the widest dtype first.
+        tensors: all that it becomes, of one dtype.
     """
 
     stored: TensorSpec
@@ -121,11 +121,9 @@ def _typed(
 ) -> MergedWeight:
     """The tensors that a stored one becomes, in the dtype of the result."""
     new = source_dtypes.get(stored.name, stored.dtype) if dtype == SOURCE_DTYPE else ADAPTER_DTYPES[dtype]
-    typed = [
-        replace(tensor, spec=replace(tensor.spec, dtype=new)) if is_plain(tensor.spec.dtype) else tensor
-        for tensor in tensors
-    ]
-    return MergedWeight(stored, tuple(sorted(typed, key=lambda tensor: -DTYPES[tensor.spec.dtype])))
+    if not is_plain(stored.dtype):
+        return MergedWeight(stored, tuple(tensors))
+    return MergedWeight(stored, tuple(replace(tensor, spec=replace(tensor.spec, dtype=new)) for tensor in tensors))
 
 
 def _output_header(source: Header, weights: Mapping[str, MergedWeight]) -> Header:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pissa_hub.adapter.merge_places import MergedTensor
 from pissa_hub.adapter.merge_plan import MergedWeight
-from pissa_hub.adapter.peft_files import Adapter, LoraModule
+from pissa_hub.adapter.peft_files import Adapter, LoraModule, read_finite
 from pissa_hub.checkpoint.encoding import decode, encode
 from pissa_hub.checkpoint.header import TORCH_DTYPES
 from pissa_hub.checkpoint.tensor_file import TensorFile
@@ -32,7 +32,7 @@ class Merger:
         with TensorFile(self._adapter.path, self._adapter.header) as adapter:
             for tensor in weight.tensors:
                 place, data = data[: tensor.spec.nbytes], data[tensor.spec.nbytes :]
-                self._merge(tensor, base if len(weight.tensors) == 1 else base.clone(), place, adapter)
+                self._merge(tensor, base if tensor is weight.tensors[-1] else base.clone(), place, adapter)
                 made[tensor.spec.name] = place
         return Made(made, {})
 
@@ -74,12 +74,7 @@ class Merger:
         return Factors(left.contiguous(), right.contiguous(), -module.scaling)
 
     def _read(self, adapter: TensorFile, name: str) -> Tensor:
-        tensor = adapter.read(name).to(self._anchor.device)
-        if not torch.isfinite(tensor).all():
-            raise MatrixError(
-                f"{name} in {self._adapter.path} is not finite", "take an adapter from before its training diverged"
-            )
-        return tensor
+        return read_finite(adapter, name).to(self._anchor.device)
 
 
 def _with_magnitude(weight: Tensor, magnitude: Tensor, *, is_transposed: bool) -> Tensor:

@@ -9,13 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pissa_hub.adapter.initial import Initial
-from pissa_hub.adapter.peft_files import Adapter, LoraModule
+from pissa_hub.adapter.initial import Initial, looks_initial
+from pissa_hub.adapter.peft_files import CONVERSION_NAME, Adapter, LoraModule, read_finite
 from pissa_hub.checkpoint.tensor_file import TensorFile
 from pissa_hub.errors import AdapterError
 from pissa_hub.manifest import MANIFEST_NAME, load_manifest
 
-CONVERSION_NAME = "pissa_conversion.json"
 # Training turns a row of A and a column of B by far less than a right angle. Those of another model are perpendicular;
 # those of another decomposition of the same model have signs of their own, every other one reversed.
 _LEAST_MEAN_COSINE = 0.2
@@ -48,6 +47,12 @@ def pair_up(adapter: Adapter, initial: Initial) -> tuple[Pair, ...]:
                 f"{adapter.path} lacks {name}, which {initial.adapter.path} has{hint}",
                 "give the initial state that this very adapter was trained from",
             )
+    if adapter.config.initialisation or initial.adapter.config.initialisation:
+        for name in adapter.modules.keys() - before:
+            raise AdapterError(
+                f"{initial.adapter.path} lacks {name}, which {adapter.path} has and PEFT initialised by PiSSA",
+                "give the whole initial state that this very adapter was trained from",
+            )
     pairs = tuple(Pair(module, before.get(name)) for name, module in adapter.modules.items())
     for pair in pairs:
         if pair.trained.name in whole:
@@ -70,9 +75,14 @@ def require_descent(cosines: list[Tensor], initial: Initial) -> None:
     Raises:
         AdapterError: as it says.
     """
-    known = torch.cat([torch.zeros(0), *cosines])
-    if not len(known):
+    if not cosines:
         return
+    known = torch.cat(cosines)
+    if not len(known):
+        raise AdapterError(
+            f"the factors of this adapter, or of {initial.adapter.path}, are all zero",
+            "give the adapter as the trainer had it in memory",
+        )
     mean, reversed_share = float(known.mean()), float((known < _REVERSED).float().mean())
     if mean < _LEAST_MEAN_COSINE or reversed_share > _MOST_REVERSED:
         raise AdapterError(
@@ -103,10 +113,7 @@ def matrices_of(module: LoraModule, file: TensorFile) -> Iterator[tuple[Tensor, 
     Raises:
         AdapterError: one of them holds NaN or infinity.
     """
-    A, B = file.read(module.lora_A.name), file.read(module.lora_B.name)
-    for spec, factor in ((module.lora_A, A), (module.lora_B, B)):
-        if not bool(factor.isfinite().all()):
-            raise AdapterError(f"{spec.name} holds NaN or infinity", "give a checkpoint from before training diverged")
+    A, B = read_finite(file, module.lora_A.name), read_finite(file, module.lora_B.name)
     A = A.view(module.experts, module.rank, module.in_features)
     B = B.view(module.out_features, module.rank, module.experts)
     for expert in range(module.experts):
@@ -119,14 +126,26 @@ def _refuse_other_base(adapter: Adapter, initial: Initial) -> None:
         raise AdapterError(f"{adapter.folder} is converted already", "load it on the original base as it is")
     if adapter.path.resolve() == initial.adapter.path.resolve():
         return
+    if initial.manifest is None and looks_initial(adapter.folder) and not looks_initial(initial.adapter.folder):
+        raise AdapterError(
+            f"{adapter.folder} is an initial state, and {initial.adapter.folder} is not known as one",
+            "give the trained adapter first and what it started from with --init",
+        )
     base = adapter.config.table.get("base_model_name_or_path")
-    if initial.manifest is None or not isinstance(base, str) or not (Path(base) / MANIFEST_NAME).is_file():
+    if initial.manifest is None or not base or not _is_decomposed(Path(base)):
         return
     if load_manifest(Path(base)).files != initial.manifest.files:
         raise AdapterError(
             f"{adapter.folder} was trained on {base}, which is another decomposition than {initial.root}",
             f"give --init {base}",
         )
+
+
+def _is_decomposed(folder: Path) -> bool:
+    try:
+        return (folder / MANIFEST_NAME).is_file()
+    except OSError:  # another machine's path may lie in a folder that is closed on this one
+        return False
 
 
 def _require_same_shapes(adapter: Adapter, initial: Initial, trained: LoraModule, before: LoraModule) -> None:

@@ -8,14 +8,18 @@ from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
+from torch import Tensor
+
 from pissa_hub.adapter.config import CONFIG_NAME, LoraConfig, read_config
 from pissa_hub.checkpoint.encoding import require_plain
 from pissa_hub.checkpoint.header import Header, TensorSpec, read_header
 from pissa_hub.checkpoint.strict_json import shown
+from pissa_hub.checkpoint.tensor_file import TensorFile
 from pissa_hub.errors import AdapterError, MatrixError
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 ADAPTER_FILES = (CONFIG_NAME, WEIGHTS_NAME)
+CONVERSION_NAME = "pissa_conversion.json"
 PREFIX = "base_model.model."
 
 # Some trainers leave the adapter's name in: lora_A.default.weight.
@@ -112,6 +116,16 @@ def open_adapter(folder: Path) -> Adapter:
     if not modules:
         raise AdapterError(f"{folder / WEIGHTS_NAME} holds no lora_A and lora_B", "give a LoRA adapter")
     return Adapter(folder, config, header, modules, saved, base_weights)
+
+
+def read_finite(file: TensorFile, name: str) -> Tensor:
+    """A tensor of an adapter in fp32. Raises AdapterError if it holds NaN or infinity."""
+    tensor = file.read(name)
+    if not bool(tensor.isfinite().all()):
+        raise AdapterError(
+            f"{name} in {file.path} holds NaN or infinity", "give a checkpoint from before training diverged"
+        )
+    return tensor
 
 
 def _require_files(folder: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pissa_hub.adapter.config import to_json
-from pissa_hub.adapter.pairs import CONVERSION_NAME
+from pissa_hub.adapter.peft_files import CONVERSION_NAME
 from pissa_hub.checkpoint.strict_json import parse_object
 from pissa_hub.checkpoint.writer import FileDigest
 from pissa_hub.errors import AdapterError
@@ -83,9 +83,7 @@ def load_conversion(folder: Path) -> ConversionRecord:
         table = parse_object(path.read_bytes())
         if (table.pop("format"), table.pop("version")) != (FORMAT, VERSION):
             raise AdapterError(f"{path} is of another version", "use a newer pissa_hub")
-        if not all(
-            table["base"][key] is None or isinstance(table["base"][key], str) for key in ("repo_id", "revision")
-        ):
+        if not all(isinstance(table["base"][key], str | None) for key in ("repo_id", "revision", "license")):
             raise ValueError("has a base that is none")
         return ConversionRecord(
             tool=dict(table["tool"]),
@@ -101,8 +99,8 @@ def load_conversion(folder: Path) -> ConversionRecord:
         raise AdapterError(f"{path} cannot be read: {error.strerror}", again) from None
     except ValueError as error:
         raise AdapterError(f"{path} {error}", again) from None
-    except (KeyError, TypeError, AttributeError) as error:
-        raise AdapterError(f"{path} is malformed ({error})", again) from None
+    except (KeyError, TypeError, AttributeError):
+        raise AdapterError(f"{path} lacks fields, or has others than a conversion's record", again) from None
 
 
 def _modules(tables: Any) -> tuple[ModuleRecord, ...]:

@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from pissa_hub.adapter.peft_files import Adapter
 from pissa_hub.errors import AdapterError
@@ -75,13 +76,13 @@ def find_server(name: str) -> Server:
     return SERVERS[name]
 
 
-def require_servable(server: Server, adapter: Adapter, model_type: str | None) -> tuple[str, ...]:
+def require_servable(server: Server, adapter: Adapter, base: Mapping[str, Any]) -> tuple[str, ...]:
     """Refuse what the server would drop, misread or crash on.
 
     Args:
         server: its rules.
         adapter: the trained adapter.
-        model_type: of the base's config.json, if known.
+        base: the base's config.json; empty where it is not known.
 
     Returns:
         a sentence for each thing that depends on the server's version or options.
@@ -96,13 +97,13 @@ def require_servable(server: Server, adapter: Adapter, model_type: str | None) -
             raise AdapterError(f"{adapter.folder} has DoRA magnitudes, which no LoRA can express", MERGE)
     if server.name == "peft":
         return ()
-    for fact in _unservable(server, adapter, model_type):
+    for fact in _unservable(server, adapter, base):
         raise AdapterError(f"{server.name} {fact}", MERGE)
-    return tuple(_doubts(server, adapter, model_type))
+    return tuple(_doubts(server, adapter, base))
 
 
-def _unservable(server: Server, adapter: Adapter, model_type: str | None) -> Iterator[str]:
-    modules = adapter.modules.values()
+def _unservable(server: Server, adapter: Adapter, base: Mapping[str, Any]) -> Iterator[str]:
+    modules, model_type = adapter.modules.values(), base.get("model_type")
     if adapter.saved:
         kept = next(iter(adapter.saved.values()))
         yield f"takes lora_A and lora_B alone, and this adapter holds {kept} whole"
@@ -121,11 +122,11 @@ def _unservable(server: Server, adapter: Adapter, model_type: str | None) -> Ite
     if server.model_types and model_type and model_type not in server.model_types:
         yield f"serves adapters for {' and '.join(sorted(server.model_types))} models, not for {model_type}"
     if server.needs_all_layers:
-        for leaf, layers in _missing_layers(adapter).items():
-            yield f"drops {leaf} from all layers where layer {layers[0]} lacks it"
+        for leaf, layer in _missing_layers(adapter, base).items():
+            yield f"drops {leaf} from all layers where layer {layer} lacks it"
 
 
-def _doubts(server: Server, adapter: Adapter, model_type: str | None) -> Iterator[str]:
+def _doubts(server: Server, adapter: Adapter, base: Mapping[str, Any]) -> Iterator[str]:
     modules = adapter.modules.values()
     if any(module.is_embedding or module.name.rpartition(".")[2] in _HEADS for module in modules):
         yield f"embeddings or the output head are adapted: {server.name} takes them for some models only"
@@ -133,18 +134,33 @@ def _doubts(server: Server, adapter: Adapter, model_type: str | None) -> Iterato
         yield f"fused experts are adapted: {server.name} takes them for some models only"
     if any(re.search(r"\.(gate|router)$", module.name) for module in modules):
         yield f"routers are adapted: {server.name} may leave them out"
-    if not server.needs_all_layers and _missing_layers(adapter):
+    if server.needs_all_layers and _layer_count(base) is None:
+        last = max((max(layers) for layers in _layers_of(adapter).values()), default=0)
+        yield f"{server.name} drops the modules from all layers if the model has layers beyond {last}"
+    elif _missing_layers(adapter, base):
         yield f"some layers lack modules that others have: compare what {server.name} answers with the merged model"
-    if server.model_types and not model_type:
+    if server.model_types and not base.get("model_type"):
         yield f"{server.name} serves adapters for {' and '.join(sorted(server.model_types))} models only"
 
 
-def _missing_layers(adapter: Adapter) -> dict[str, list[int]]:
-    """Leaf name -> the layers, of those seen at all, that lack it."""
+def _missing_layers(adapter: Adapter, base: Mapping[str, Any]) -> dict[str, int]:
+    """Leaf name -> the first layer that lacks it, of those that the base has or up to the last that has any module."""
+    layers_of = _layers_of(adapter)
+    count = _layer_count(base) or 1 + max((max(layers) for layers in layers_of.values()), default=-1)
+    missing = {leaf: sorted(set(range(count)) - layers) for leaf, layers in layers_of.items()}
+    return {leaf: layers[0] for leaf, layers in missing.items() if layers}
+
+
+def _layer_count(base: Mapping[str, Any]) -> int | None:
+    count = base.get("num_hidden_layers")
+    return count if isinstance(count, int) else None
+
+
+def _layers_of(adapter: Adapter) -> dict[str, set[int]]:
+    """Leaf name -> the layers that have it."""
     layers_of: dict[str, set[int]] = defaultdict(set)
     for name in adapter.modules:
         layer = _LAYER.search(name)
         if layer:
             layers_of[name.rpartition(".")[2]].add(int(layer[1]))
-    every = set().union(*layers_of.values()) if layers_of else set()
-    return {leaf: sorted(every - layers) for leaf, layers in layers_of.items() if layers != every}
+    return layers_of

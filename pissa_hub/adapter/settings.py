@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from pissa_hub.adapter.initial import is_hub_id
 from pissa_hub.checkpoint.header import TORCH_DTYPES
 from pissa_hub.errors import PlanError
 from pissa_hub.pipeline.settings import ADAPTER_DTYPES
@@ -49,6 +50,8 @@ class ConversionSettings:
                 f"a largest error of {self.max_error} cannot be reached: {self.dtype} rounds by {self._rounding:.1e}",
                 "give --max-error below 1 and above that, or a wider --dtype",
             )
+        if self.base_model is not None and not is_hub_id(self.base_model):
+            raise PlanError(f"base model {self.base_model!r} is no Hub id", "give --base-model as ORG/NAME")
 
     @property
     def _rounding(self) -> float:

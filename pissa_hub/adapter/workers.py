@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pissa_hub.adapter.delta import Factors, change, product_norm
 from pissa_hub.adapter.pairs import Pair, cosines_of, matrices_of
-from pissa_hub.adapter.peft_files import Adapter, LoraModule
+from pissa_hub.adapter.peft_files import Adapter, LoraModule, read_finite
 from pissa_hub.checkpoint.header import TensorSpec
 from pissa_hub.checkpoint.tensor_file import TensorFile
 from pissa_hub.pipeline.threads import Team
@@ -122,9 +122,9 @@ class Worker:
 
     def _bias(self, pair: Pair, trained: TensorSpec) -> Tensor:
         """lora_B's bias, whose scaling is 1 from now on."""
-        bias = self._trained.read(trained.name).double() * pair.trained.scaling
+        bias = read_finite(self._trained, trained.name).double() * pair.trained.scaling
         if pair.initial is not None and pair.initial.bias is not None:
-            bias -= self._initial.read(pair.initial.bias.name).double() * pair.initial.scaling
+            bias -= read_finite(self._initial, pair.initial.bias.name).double() * pair.initial.scaling
         return bias
 
 

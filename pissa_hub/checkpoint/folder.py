@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import secrets
 import shutil
@@ -23,7 +24,7 @@ def folder_that_appears_whole(output: Path) -> Iterator[Path]:
         OutputError: it cannot be created.
     """
     absent = [path for path in output.absolute().parents if not path.exists()]
-    for left in output.absolute().parent.glob(f".{output.name}.*.partial"):  # by a run that was killed
+    for left in output.absolute().parent.glob(f".{glob.escape(output.name)}.*.partial"):  # by a run that was killed
         shutil.rmtree(left, ignore_errors=True)
     partial_folder = output.absolute().with_name(f".{output.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:

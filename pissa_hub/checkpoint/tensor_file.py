@@ -25,6 +25,7 @@ class TensorFile:
     """
 
     def __init__(self, path: Path, header: Header | None = None) -> None:
+        self.path = path
         self.header = header or read_header(path)
         self._reader = ShardReader(path, self.header)
 

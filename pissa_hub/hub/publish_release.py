@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pissa_hub.adapter.config import to_json
 from pissa_hub.adapter.merge_record import MERGE_NAME, load_merge
-from pissa_hub.adapter.pairs import CONVERSION_NAME
+from pissa_hub.adapter.peft_files import CONVERSION_NAME
 from pissa_hub.adapter.record import load_conversion
 from pissa_hub.checkpoint.ancillary import read_readme
 from pissa_hub.checkpoint.reader import sha256_file

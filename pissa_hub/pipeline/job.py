@@ -15,7 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from pissa_hub.checkpoint.files import Files, Pin
 from pissa_hub.checkpoint.writer import FileDigest
-from pissa_hub.errors import CheckpointError, MatrixError, OutputError, VerificationError
+from pissa_hub.errors import AdapterError, CheckpointError, MatrixError, OutputError, VerificationError
 from pissa_hub.pipeline.receipts import Receipt, WorkFolder
 from pissa_hub.pipeline.stream import PlannedShard, PlannedWeight, Worker, stream
 from pissa_hub.progress import Progress, Silent
@@ -100,7 +100,7 @@ def carry_out(job: Job[W, R], output: Path, progress: Progress | None = None) ->
 
     Raises:
         OutputError: the output folder cannot be used or written.
-        CheckpointError, MatrixError, VerificationError: the input is bad; nothing is left of the output.
+        AdapterError, CheckpointError, MatrixError, VerificationError: the input is bad; nothing is left of the output.
         HubError: the input did not arrive; what is done so far stays.
     """
     progress = progress or Silent()
@@ -132,7 +132,7 @@ def carry_out(job: Job[W, R], output: Path, progress: Progress | None = None) ->
     try:
         supply = job.source.supply(names, work.folder)
         written = stream(pending, supply, output, work, job.worker, job.workers, accept, progress)
-    except (CheckpointError, MatrixError, VerificationError):
+    except (AdapterError, CheckpointError, MatrixError, VerificationError):
         _remove_output(output, work, job.file_names, absent)
         raise
     receipts.update({receipt.shard: receipt for receipt in written})

@@ -7,6 +7,7 @@ import re
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,12 @@ PEFTS_OWN_WARNINGS = [
     *JUDGES_OWN_WARNINGS,
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
     pytest.mark.filterwarnings("ignore:Adapter '.*LoRA tensor.* have invalid shape"),
-    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),
+    pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`:UserWarning"),
 ]
+# The judges' statements about PEFT are true of this version and newer ones; older ones save and merge less.
+OLD_PEFT = tuple(map(int, version("peft").split(".")[:2])) < (0, 20)
 # What becomes of a parameter that is still zero, such as a fresh lora_B: noise of this root mean square times ``size``.
 _FRESH = 0.5
 
@@ -74,6 +79,8 @@ Training = Callable[[Kind], Trained]
 
 def train(kind: Kind, tiny_checkpoint: Factory, folder: Path) -> Trained:
     """Train one adapter of a kind in ``folder``."""
+    if OLD_PEFT and kind.config.get("ensure_weight_tying"):
+        pytest.skip("this version of PEFT does not tie adapters")
     source = tiny_checkpoint(kind.architecture, **kind.settings)
     torch.manual_seed(0)
     if kind.method == "peft":
@@ -83,8 +90,9 @@ def train(kind: Kind, tiny_checkpoint: Factory, folder: Path) -> Trained:
     model = _trainable(kind, base, auto_class)
     initial, adapter = _train_and_save(kind, model, folder)
     expected = outputs_of(load(base, adapter, auto_class))
-    if kind.dtype == torch.float32:
-        assert deviation(expected, outputs_of(model)) < 1e-6, "PEFT did not save all that it trained"
+    if kind.dtype == torch.float32 and deviation(expected, outputs_of(model)) > 1e-6:
+        reason = "PEFT did not save all that it trained"
+        pytest.skip(reason) if OLD_PEFT else pytest.fail(reason)
     return Trained(kind, source, auto_class, base, base, initial, adapter, expected)
 
 
