@@ -16,6 +16,7 @@ from pissa_hub import __version__
 from pissa_hub.errors import PissaHubError, PlanError
 
 if TYPE_CHECKING:
+    from pissa_hub.hub.publish_stream import Publication
     from pissa_hub.recipes import Recipe
 
 _DTYPES = ["float32", "bfloat16", "float16"]
@@ -36,6 +37,9 @@ _keep_source = click.option(
     show_default="yes",
     metavar="yes|no",
     help="Keep shards from the Hub in its cache; no removes each when it is used, so that two are on the disk at most.",
+)
+_private = click.option(
+    "--private/--no-private", default=None, help="Of a new repository; private by default if the base is gated."
 )
 
 
@@ -132,6 +136,13 @@ def _rank_pattern(values: Sequence[str]) -> dict[str, int]:
 @click.option("--seed", default=0, show_default=True, help="Of the random start blocks.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @_keep_source
+@click.option(
+    "--publish",
+    "repo_id",
+    metavar="REPO_ID",
+    help="Upload each shard to the Hub when it is finished and remove it here; the release appears in one commit.",
+)
+@_private
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop; reads headers only.")
 @_output_format
 def decompose(
@@ -143,6 +154,8 @@ def decompose(
     rslora: bool,
     device: str,
     keep_source: bool,
+    repo_id: str | None,
+    private: bool | None,
     dry_run: bool,
     output_format: str,
     **options: Any,
@@ -150,11 +163,13 @@ def decompose(
     """Split the checkpoint in SOURCE into a residual base and a PiSSA adapter.
 
     SOURCE is a folder or, as wherever a folder is read, ORG/NAME[@REVISION] on the Hub; a folder of that name wins.
-    A run that was interrupted carries on when the same command is given again.
+    A run that was interrupted carries on when the same command is given again. With --publish, shards wait on a branch
+    pissa-upload-... of REPO_ID, which the finished run deletes; `hf repos branch delete` does it for a run that is
+    given up.
     """
     from pissa_hub import report
     from pissa_hub.hub.card import load_snippet
-    from pissa_hub.pipeline.decompose import plan_decomposition, run
+    from pissa_hub.pipeline.decompose import open_publication, plan_decomposition, publishing_bytes, run
     from pissa_hub.pipeline.device import pick_device
     from pissa_hub.pipeline.job import free_space
     from pissa_hub.pipeline.settings import Settings
@@ -162,6 +177,8 @@ def decompose(
 
     if output is None and not dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.")
+    if private is not None and repo_id is None:
+        raise click.UsageError("--private and --no-private are of --publish.")
     options |= {"rank_pattern": _rank_pattern(rank_pattern), "use_rslora": rslora}
     followed = None if recipe is None else _follow_recipe(recipe, options)
     if source is None:
@@ -178,12 +195,25 @@ def decompose(
         click.echo(f"note: {note}", err=True)
     if dry_run or output is None:
         free = free_space(output or Path())
+        if repo_id is not None:
+            click.echo(f"note: {report.size(publishing_bytes(plan))} are enough with --publish", err=True)
         _print(output_format, report.plan_json(plan, free), lambda: report.plan_text(plan, free))
         return
     with Bar() as bar:
-        outcome = run(plan, output, pick_device(device), bar)
+
+        def publication() -> Publication:
+            opened = open_publication(plan, str(repo_id), private, bar)
+            for note in opened.notes:
+                click.echo(f"note: {note}", err=True)
+            return opened
+
+        outcome = run(plan, output, pick_device(device), bar, None if repo_id is None else publication)
+    published = outcome.published
+    place = published.repo_id if published else str(output)
 
     def text() -> str:
+        if outcome.was_finished and published:
+            return report.published_text(published, dry_run=False)
         if outcome.was_finished:
             return f"{output} is finished already: same source, same settings; nothing to do"
         carried = outcome.carried_over
@@ -192,11 +222,11 @@ def decompose(
                 *([f"carried on: {carried} of {len(plan.shards)} shards were done"] if carried else []),
                 report.manifest_text(outcome.manifest),
                 "",
-                f"{report.size(plan.input_bytes)} -> {output}: residual "
+                f"{report.size(plan.input_bytes)} -> {place}: residual "
                 f"{report.size(plan.output_bytes - plan.adapter.file_size)}, "
                 f"adapter {report.size(plan.adapter.file_size)}",
                 "",
-                load_snippet(plan, str(output)),
+                load_snippet(plan, place),
             ]
         )
 
@@ -205,6 +235,7 @@ def decompose(
         "was_finished": outcome.was_finished,
         "carried_over": outcome.carried_over,
         **report.manifest_json(outcome.manifest),
+        **({"published": asdict(published)} if published else {}),
     }
     _print(output_format, result, text)
 
@@ -372,9 +403,7 @@ def restore(source: Path, init: Path, output: Path, device: str, keep_source: bo
 @cli.command()
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.argument("repo_id")
-@click.option(
-    "--private/--no-private", default=None, help="Of a new repository; private by default if the base is gated."
-)
+@_private
 @click.option("--revision", default="main", show_default=True, metavar="BRANCH", help="Made if there is none.")
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead of changing the branch.")
 @click.option("--adapter-only", is_flag=True, help="The initial adapter alone, from which restore makes the rest.")

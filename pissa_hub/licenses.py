@@ -7,9 +7,43 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 
-_COMMUNITY = re.compile(r"llama3\.[1-9]")
+_LLAMA = re.compile(r"llama[-_ ]?(\d+)(\.\d+)?.*", re.IGNORECASE)
+_RESTRICTED = ("llama", "gemma")
 _MODIFIED = "say that the weights were modified (the model card that decompose writes does)"
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a license asks of a model that is made from its own.
+
+    Attributes:
+        notice: what has to be displayed, such as "Built with Llama"; None for nothing.
+        name_prefix: what the model's name has to begin with, if it is made available; None for nothing.
+        is_restricted: whether its base is handed out only to those who accept it.
+    """
+
+    notice: str | None
+    name_prefix: str | None
+    is_restricted: bool
+
+
+def terms_of(names: Iterable[str]) -> Terms:
+    """The terms of all licenses that hold together, by their ids or names; of two prefixes the longer one."""
+    names = list(names)
+    known = [llama for llama in map(_llama, names) if llama]
+    asked = max(known, key=lambda llama: len(llama.name_prefix), default=None)
+    return Terms(
+        notice=asked.notice if asked else None,
+        name_prefix=asked.name_prefix if asked else None,
+        is_restricted=any(name.lower().startswith(_RESTRICTED) for name in names),
+    )
+
+
+def has_prefix(name: str, prefix: str) -> bool:
+    """Whether a repository's name begins as a license asks, whatever joins its words."""
+    return re.sub(r"[-_. ]", "", name).lower().startswith(prefix.replace(" ", "").lower())
 
 
 def duties(license_id: str, name: str | None = None) -> tuple[str, ...]:
@@ -19,25 +53,35 @@ def duties(license_id: str, name: str | None = None) -> tuple[str, ...]:
         license_id: as the Hub spells it, e.g. ``apache-2.0``.
         name: the Hub's ``license_name``, where ``license_id`` is ``other``.
     """
-    if _COMMUNITY.fullmatch(license_id):
-        version = license_id.removeprefix("llama")
-        return (
-            "start the repository's name with 'Llama'",
-            "show 'Built with Llama' prominently, for example in the model card",
-            "include the license agreement and, in a file NOTICE: "
-            f"'Llama {version} is licensed under the Llama {version} Community License, Copyright © Meta Platforms, "
-            "Inc. All Rights Reserved.'",
-            "pass on the Acceptable Use Policy (USE_POLICY.md)",
-        )
-    return _DUTIES.get(name or "" if license_id == "other" else license_id, ())
+    license_name = name or "" if license_id == "other" else license_id
+    llama = _llama(license_name)
+    if llama is None:
+        return _DUTIES.get(license_name, ())
+    return (
+        f"start the repository's name with '{llama.name_prefix.replace(' ', '-')}'",
+        f"show '{llama.notice}' prominently, for example in the model card",
+        f"include the license agreement and, in a file NOTICE: '{llama.product} is licensed under the {llama.product} "
+        "Community License, Copyright © Meta Platforms, Inc. All Rights Reserved.'",
+        "pass on the Acceptable Use Policy (USE_POLICY.md)",
+    )
 
 
-def name_prefix(license_ids: Iterable[str]) -> str:
-    """What the name of a published model has to start with under these licenses; empty for anything."""
-    ids = list(license_ids)
-    if "llama3" in ids:
-        return "Llama-3"
-    return "Llama" if any(_COMMUNITY.fullmatch(license_id) for license_id in ids) else ""
+@dataclass(frozen=True)
+class _Llama:
+    """The community license of a Llama from 3 on."""
+
+    product: str
+    notice: str
+    name_prefix: str
+
+
+def _llama(license_name: str) -> _Llama | None:
+    version = _LLAMA.fullmatch(license_name)
+    if version is None or int(version[1]) < 3:
+        return None
+    if version[1] == "3" and version[2] is None:
+        return _Llama("Meta Llama 3", "Built with Meta Llama 3", "Llama 3")
+    return _Llama(f"Llama {version[1]}{version[2] or ''}", "Built with Llama", "Llama")
 
 
 _DUTIES = {
@@ -46,13 +90,6 @@ _DUTIES = {
     "llama2": (
         "include the license agreement and, in a file NOTICE: 'Llama 2 is licensed under the LLAMA 2 Community "
         "License, Copyright (c) Meta Platforms, Inc. All Rights Reserved.'",
-        "pass on the Acceptable Use Policy (USE_POLICY.md)",
-    ),
-    "llama3": (
-        "start the repository's name with 'Llama-3'",
-        "show 'Built with Meta Llama 3' prominently, for example in the model card",
-        "include the license agreement and, in a file NOTICE: 'Meta Llama 3 is licensed under the Meta Llama 3 "
-        "Community License, Copyright © Meta Platforms, Inc. All Rights Reserved.'",
         "pass on the Acceptable Use Policy (USE_POLICY.md)",
     ),
     "gemma": (

@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pissa_hub.adapter.initial import open_decomposed
+from pissa_hub.adapter.initial import INITIAL_FILES, open_decomposed
 from pissa_hub.checkpoint.encoding import is_plain
 from pissa_hub.checkpoint.header import TORCH_DTYPES
-from pissa_hub.checkpoint.source import Checkpoint, open_checkpoint
+from pissa_hub.checkpoint.source import Checkpoint
 from pissa_hub.checkpoint.tensor_file import TensorFile
 from pissa_hub.comparison import FACTOR_ROUNDING, factors_of, require_source
 from pissa_hub.errors import MatrixError, PlanError, VerificationError
 from pissa_hub.factorization.methods import deviation_of, subtract
 from pissa_hub.factorization.workspace import Workspace
+from pissa_hub.hub.pull import pull_folder, pull_original
 from pissa_hub.manifest import Manifest, WeightRecord, lora_names
 from pissa_hub.model.skeleton import UnknownModelError, build_skeleton
 from pissa_hub.progress import Silent
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 _DTYPES = {TORCH_DTYPES[name]: name for name in TORCH_DTYPES if is_plain(name)}
+# What transformers reads of a folder besides configuration and weights.
+_GENERATION_CONFIG = "generation_config.json"
 # What the fp32 arithmetic of a decomposition leaves open of the share of energy that it captures.
 _ENERGY_NOISE = 1e-6
 
@@ -34,20 +37,22 @@ def load(base: Any, init: str | Path, *, is_trainable: bool = True, **options: A
     """Original base and initial adapter -> a PEFT model that computes what the base computes and trains as PiSSA does.
 
     Each decomposed weight W becomes, in its own memory and dtype, the residual W - s B A that ``decompose`` stores for
-    that dtype, to the bit. Where the base is a folder, W is taken from its files, so that a narrower dtype in memory
-    rounds once only.
+    that dtype, to the bit. Where the base is not in memory yet, W is taken from its files, so that a narrower dtype in
+    memory rounds once only.
 
     Args:
-        base: the folder of the original checkpoint, or the model itself as transformers loads it, which is changed.
-        init: a folder with ``pissa_manifest.json`` and ``pissa_init/``, or the ``pissa_init`` folder in it.
+        base: the original checkpoint, a folder or ``org/name[@revision]`` on the Hub; or the model itself as
+            transformers loads it, which is changed.
+        init: a folder or repository with ``pissa_manifest.json`` and ``pissa_init/``, or that ``pissa_init`` folder.
         is_trainable: whether A and B require gradients.
         options: for ``from_pretrained`` of the transformers class that fits; the dtype is that of the checkpoint
             unless they say otherwise.
 
     Raises:
         CheckpointError, ManifestError: base or init cannot be read.
+        HubError: the Hub does not give them.
         AdapterError: the adapter is not what the manifest's decomposition made.
-        VerificationError: base is not what it was made of. Known from the hashes of a folder; of a model, from its
+        VerificationError: base is not what it was made of. Known from the hashes of the files; of a model, from its
             shapes and the share of every weight's energy that A and B capture, and the model is left as it was.
         MatrixError: a weight is quantised, not in memory, or its residual does not fit its dtype.
         PlanError: PEFT is missing, the model has an adapter already, or an option cannot be used.
@@ -56,10 +61,10 @@ def load(base: Any, init: str | Path, *, is_trainable: bool = True, **options: A
         from peft import PeftModel
     except ImportError as error:
         raise PlanError(f"peft cannot be imported ({error})", "run `pip install 'pissa_hub[peft]'`") from None
-    initial, manifest = open_decomposed(init)
+    initial, manifest = open_decomposed(pull_folder(init, INITIAL_FILES).folder)
     with TensorFile(initial.adapter.path, initial.adapter.header) as adapter, torch.no_grad():
         if isinstance(base, str | Path):
-            checkpoint = open_checkpoint(base)
+            checkpoint = pull_original(base)
             require_source(checkpoint, manifest, Silent())
             model = _load_base(checkpoint, options)
             _subtract_stored(_parameters(model, manifest), checkpoint, manifest, adapter)
@@ -77,7 +82,8 @@ def _load_base(checkpoint: Checkpoint, options: dict[str, Any]) -> Any:
     try:
         skeleton = build_skeleton(checkpoint.config or {})
     except UnknownModelError as error:
-        raise PlanError(f"{checkpoint.root} cannot be loaded: {error}", "load the model and give that") from None
+        raise PlanError(f"{checkpoint.place} cannot be loaded: {error}", "load the model and give that") from None
+    checkpoint.files.find(_GENERATION_CONFIG)
     if not {"dtype", "torch_dtype"} & options.keys():
         options = {"dtype": "auto", **options}
     return getattr(transformers, skeleton.auto_class).from_pretrained(checkpoint.root, **options)
@@ -123,7 +129,7 @@ def _subtract_stored(
     workspace = Workspace()
     records = {record.tensor: record for record in manifest.weights}
     for shard in checkpoint.shards:
-        with TensorFile(shard.path, shard.header) as stored:
+        with TensorFile(checkpoint.files.path(shard.name), shard.header) as stored:
             for entry in shard.header.entries:
                 if entry.name in records:
                     weight = parameters[entry.name]

@@ -15,7 +15,7 @@ from typing import Any
 
 from pissa_hub.checkpoint.strict_json import shown
 from pissa_hub.errors import PlanError
-from pissa_hub.licenses import name_prefix
+from pissa_hub.licenses import has_prefix, terms_of
 
 MAX_BYTES = 64 << 10
 MISSING = {
@@ -156,8 +156,8 @@ def parse_recipe(path: Path, data: bytes) -> Recipe:
     is_other = recipe.license == "other"
     if is_other != (recipe.license_name is not None) or is_other != (recipe.license_link is not None):
         raise PlanError(f"{path}: license_name and license_link go with license = 'other' and only with it", _REMEDY)
-    prefix = name_prefix((recipe.license, *recipe.inherits))
-    if not recipe.repository.startswith(prefix):
+    prefix = terms_of((recipe.license, recipe.license_name or "", *recipe.inherits)).name_prefix
+    if prefix and not has_prefix(recipe.repository, prefix):
         fact = f"{path}: the license wants a name that starts with {prefix}, and repository is {recipe.repository!r}"
         raise PlanError(fact, _REMEDY)
     return recipe

@@ -13,7 +13,8 @@ from pissa_hub.checkpoint.index import INDEX_NAME, check_index, parse_index
 from pissa_hub.checkpoint.reader import sha256_file
 from pissa_hub.checkpoint.tensor_file import TensorFile
 from pissa_hub.comparison import Check, Findings, compare, require_source
-from pissa_hub.errors import CheckpointError
+from pissa_hub.errors import CheckpointError, VerificationError
+from pissa_hub.hub.publish_stream import published_place
 from pissa_hub.hub.pull import pull_folder, pull_original
 from pissa_hub.manifest import MANIFEST_NAME, Manifest, WeightRecord, load_manifest, lora_names
 from pissa_hub.pipeline.plan import ADAPTER_CONFIG_NAME, ADAPTER_FOLDER, ADAPTER_NAME
@@ -46,10 +47,12 @@ def verify(
     Raises:
         ManifestError: the folder has no manifest that can be read.
         CheckpointError: the source is no checkpoint.
-        VerificationError: the source is another one than the manifest names, by its hashes.
+        VerificationError: the source is another one than the manifest names, by its hashes; or the folder's shards
+            are on the Hub alone.
     """
     folder, progress = pull_folder(folder).folder, progress or Silent()
     manifest = load_manifest(folder)
+    _require_shards(folder, manifest)
     original = None if source is None else pull_original(source)
     readable = 0 if original is None else sum(shard.header.file_size for shard in original.shards)
     progress.expect(sum(digest.size for digest in manifest.files.values()) + 2 * readable)
@@ -63,6 +66,13 @@ def verify(
         else:
             checks += compare(folder, original, manifest, sample, progress)
     return Findings(tuple(checks))
+
+
+def _require_shards(folder: Path, manifest: Manifest) -> None:
+    """Raises VerificationError if they went to the Hub as they were made."""
+    place = published_place(folder)
+    if place and not all((folder / name).exists() for name in manifest.source.files):
+        raise VerificationError(f"the shards of {folder} are on the Hub alone", f"run `pissa-hub verify {place}`")
 
 
 def _check_files(folder: Path, manifest: Manifest, progress: Progress) -> Check:

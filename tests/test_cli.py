@@ -25,7 +25,7 @@ from .conftest import SHARDED, Factory
 from .helpers import ADAPTER, MANIFEST, ROOT, files_of, manifest_of, run_cli, run_python
 
 Capture = pytest.CaptureFixture[str]
-COMMANDS = ["decompose", "verify", "inspect", "convert", "merge", "restore", "demo"]
+COMMANDS = ["decompose", "verify", "inspect", "convert", "merge", "restore", "publish", "recipes", "demo"]
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +84,9 @@ def test_console_scripts_are_named_in_the_project() -> None:
         ["verify"],
         ["verify", "out", "--sample", "some"],
         ["inspect"],
+        ["publish", "out"],
+        ["publish", "out", "org/name", "--private", "--public"],
+        ["recipes", "one", "two"],
     ],
 )
 def test_wrong_usage_is_2(
@@ -235,6 +238,7 @@ def test_library_has_the_verbs_and_knows_no_others() -> None:
         "decompose",
         "load",
         "merge",
+        "publish",
         "restore",
         "verify",
     ]

@@ -11,15 +11,25 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from huggingface_hub import constants
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pissa_hub import PissaHubError, decompose, load
-from pissa_hub.errors import AdapterError, CheckpointError, ManifestError, MatrixError, PlanError, VerificationError
+from pissa_hub.errors import (
+    AdapterError,
+    CheckpointError,
+    HubError,
+    ManifestError,
+    MatrixError,
+    PlanError,
+    VerificationError,
+)
 
 from .conftest import SHARDED, Factory
 from .helpers import ADAPTER, MANIFEST, deviation, example_inputs, outputs_of
+from .hub.publishing import logged_in
 from .model.zoo import JUDGES_OWN_WARNINGS
 
 pytestmark = JUDGES_OWN_WARNINGS
@@ -266,8 +276,25 @@ def test_other_folder_is_refused(pair: tuple[Path, Path], source: Path) -> None:
         load(source, pair[1])
     with pytest.raises(CheckpointError, match="is already decomposed"):
         load(pair[1], pair[1])
-    with pytest.raises(CheckpointError, match=r"run `hf download org/name --local-dir FOLDER` first"):
-        load("org/name", pair[1])
+
+
+def test_from_the_hub(pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The source at a commit, and of the release no more than the adapter."""
+    source, output = pair
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    with logged_in(tmp_path / "hub") as hub:
+        hub.upload_folder("org/model", source)
+        commit = hub.commit("org/model", {"generation_config.json": b'{"max_new_tokens": 7}'})
+        hub.move("org/model")
+        hub.upload_folder("org/pissa", output)
+        model = load(f"org/model@{commit.sha}", "org/pissa")
+        assert same_parameters(model, from_folder(output))
+        assert model.get_base_model().generation_config.max_new_tokens == 7
+        assert not [call.path for call in hub.requests if "org/pissa" in call.path and "/model-" in call.path]
+        with pytest.raises(HubError, match="org/name is neither a folder here nor a model on the Hub"):
+            load("org/name", output)
+        with pytest.raises(HubError, match="org/name is neither a folder here nor a model on the Hub"):
+            load(source, "org/name")
 
 
 def test_trained_adapter_is_no_init(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pissa_hub
 from pissa_hub.cli import cli
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
+NAMED = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", README))
 
 
 def test_every_command_is_in_the_table_and_has_help() -> None:
@@ -21,8 +22,7 @@ def test_every_command_is_in_the_table_and_has_help() -> None:
 
 def test_every_option_is_named() -> None:
     for command in cli.commands.values():
-        options = [option for option in command.params if isinstance(option, click.Option)]
-        missing = [option.opts for option in options if not any(name in README for name in option.opts)]
+        missing = [names for names in options_of(command) if NAMED.isdisjoint(names)]
         assert not missing, command.name
 
 
@@ -34,6 +34,12 @@ def test_every_verb_of_the_library_is_named() -> None:
 
 
 def test_nothing_is_promised_that_the_program_lacks() -> None:
-    known = {opt for command in cli.commands.values() for option in command.params for opt in option.opts}
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {"--help"}
-    assert named <= known, named - known
+    known = {name for command in cli.commands.values() for names in options_of(command) for name in names}
+    promised = {name for name in NAMED if name.startswith("--")} - {"--help"}
+    assert promised <= known, promised - known
+
+
+def options_of(command: click.Command) -> list[list[str]]:
+    """The names of each option, and of each side of a switch."""
+    options = [option for option in command.params if isinstance(option, click.Option)]
+    return [names for option in options for names in (option.opts, option.secondary_opts) if names]

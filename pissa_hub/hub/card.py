@@ -6,8 +6,17 @@ import json
 
 from pissa_hub.adapter.record import ConversionRecord
 from pissa_hub.hub.card_data import Metadata, code, front_matter, is_hub_id, origin, prose, source_metadata
-from pissa_hub.hub.card_license import license_section
-from pissa_hub.hub.card_text import CITATION, HERE, SAME_WEIGHTS, TRAINING, Place, kinds, span, table
+from pissa_hub.hub.card_text import (
+    CITATION,
+    HERE,
+    SAME_WEIGHTS,
+    TRAINING,
+    Place,
+    kinds,
+    license_section,
+    span,
+    table,
+)
 from pissa_hub.manifest import Manifest, SourceRecord
 from pissa_hub.pipeline.plan import ADAPTER_FOLDER, Plan
 
@@ -72,9 +81,7 @@ def initial_adapter_card(manifest: Manifest, metadata: Metadata, place: Place) -
     """README.md of an initial adapter without its residual base: how to make that from the original."""
     source = manifest.source
     known = is_hub_id(source.repo_id)
-    pinned = f", revision={json.dumps(source.revision)}" if source.revision else ""
-    original = f"snapshot_download({json.dumps(source.repo_id)}{pinned})" if known else '"path/to/the/original"'
-    source_argument = f"{source.repo_id}@{source.revision or 'main'}" if known else "path/to/the/original"
+    original = f"{source.repo_id}@{source.revision or 'main'}" if known else "path/to/the/original"
     return f"""{_residual_front_matter(manifest, metadata)}
 # PiSSA initial adapter
 
@@ -83,16 +90,15 @@ by [PiSSA](https://arxiv.org/abs/2404.02948), in `{ADAPTER_FOLDER}/`. **It does 
 still holds this part. pissa_hub (`pip install 'pissa_hub[peft]'`) takes it out in memory:
 
 ```python
-from huggingface_hub import snapshot_download
 from pissa_hub import load
 
-model = load({original}, snapshot_download({place.arguments}))
+model = load({json.dumps(original)}, {json.dumps(place.argument)})
 ```
 
 or writes the residual base, to the same bytes as when it was first made, for transformers and PEFT alone:
 
 ```console
-$ pissa-hub restore {source_argument} --init {place.argument} -o residual
+$ pissa-hub restore {original} --init {place.argument} -o residual
 ```
 
 {TRAINING}

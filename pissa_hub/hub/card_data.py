@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 Metadata = Mapping[str, str | list[str]]
 
@@ -48,6 +48,20 @@ def carried_metadata(table: Mapping[Any, Any]) -> Metadata:
     if not all(map(_PLAIN.fullmatch, [licence] if isinstance(licence, str) else licence)):
         metadata.pop("license", None)
     return metadata
+
+
+def license_names(metadata: Metadata, declared: str | None = None) -> Iterator[str]:
+    """Ids and the name of a card's licences.
+
+    Args:
+        metadata: of the card.
+        declared: the licence, where the metadata does not say.
+    """
+    licence = metadata.get("license") or declared or []
+    yield from [licence] if isinstance(licence, str) else licence
+    name = metadata.get("license_name")
+    if isinstance(name, str):
+        yield name
 
 
 def front_matter(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pissa_hub.hub.card_data import code
+from pissa_hub.hub.card_data import Metadata, code, license_names
+from pissa_hub.licenses import terms_of
 
 SAME_WEIGHTS = "What is here holds the original's weights in another form, so its licence applies."
 
@@ -22,6 +24,8 @@ CITATION = """## Citation
   url       = {https://arxiv.org/abs/2404.02948}
 }
 ```"""
+
+_LINK = re.compile(r"https://[\w./:%+=&?~-]+", re.ASCII)
 
 TRAINING = """## Train
 
@@ -67,6 +71,22 @@ class Place:
 
 
 HERE = Place()
+
+
+def license_section(metadata: Metadata, declared: str | None, holds: str) -> str:
+    """The section on the licence, with the notice that it asks for.
+
+    Args:
+        metadata, declared: as of ``card_data.license_names``.
+        holds: a sentence on what the licence holds for.
+    """
+    found = list(dict.fromkeys(license_names(metadata, declared)))
+    notice = terms_of(found).notice
+    link = metadata.get("license_link")
+    address = f" (<{link}>)" if isinstance(link, str) and _LINK.fullmatch(link) else ""
+    names = ", ".join(map(code, found))
+    known = f"The licence of the original is {names}{address}." if names else "The original names no licence."
+    return "\n\n".join(["## Licence", *([f"**{notice}**"] if notice else []), f"{known} {holds}"])
 
 
 def table(rows: Mapping[str, str]) -> str:

@@ -1,21 +1,16 @@
-"""What goes wrong on the way to the Hub, each in one line with its remedy; nothing of a token or a signed address."""
+"""What goes wrong on the way down from the Hub, each in one line with its remedy; ``publish_errors`` has the way up."""
 
 from __future__ import annotations
 
 import errno
-import logging
-import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import PurePath
-from typing import TypeVar
 
 from huggingface_hub import constants, get_token
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
@@ -24,37 +19,10 @@ from huggingface_hub.errors import (
 )
 
 from pissa_hub.errors import HubError, OutputError, PissaHubError
-
-# httpx in some releases of the client, httpx2 in others.
-TransportError: type[Exception] = next(kind for kind in HfHubHTTPError.__bases__ if not issubclass(kind, OSError))
+from pissa_hub.hub.transport import TransportError, status_of
 
 _LOGIN = "run `hf auth login`"
 _CARRY_ON = "check the connection and run the same command again"
-# Seconds between attempts, unless the Hub asks for more.
-_PAUSES = (1.0, 2.0, 4.0)
-_LONGEST_PAUSE = 60.0
-_PASSING = frozenset({408, 429, 500, 502, 503, 504})
-_QUERY = re.compile(r"\?\S+")
-
-
-T = TypeVar("T")
-
-
-def persistently(call: Callable[[], T], wait: Callable[[float], object] = time.sleep) -> T:
-    """The result of a call to the Hub, repeated while it fails for a reason that may pass.
-
-    Args:
-        call: raises what the client raises.
-        wait: lets so many seconds pass; true if nobody waits for the result any more.
-    """
-    for pause in _PAUSES:
-        try:
-            return call()
-        except (TransportError, LocalEntryNotFoundError) as error:
-            cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
-            if not _may_pass(cause) or wait(max(pause, _asked_pause(cause))):
-                raise
-    return call()
 
 
 @contextmanager
@@ -73,19 +41,6 @@ def hub_faults(repo_id: str, revision: str, name: str | None = None) -> Iterator
         raise _explained(error, repo_id, revision, name) from None
 
 
-def hide_signatures() -> None:
-    """Keep the queries of signed addresses out of the client's own warnings."""
-    for handler in logging.getLogger("huggingface_hub").handlers:
-        if not any(isinstance(known, _WithoutQueries) for known in handler.filters):
-            handler.addFilter(_WithoutQueries())
-
-
-class _WithoutQueries(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = _QUERY.sub("", record.getMessage()), None
-        return True
-
-
 def _explained(error: Exception, repo_id: str, revision: str, name: str | None) -> PissaHubError:
     what = str(PurePath(repo_id) / name) if name else repo_id
     cause = error.__cause__
@@ -95,7 +50,7 @@ def _explained(error: Exception, repo_id: str, revision: str, name: str | None) 
         page = f"{constants.ENDPOINT}/{repo_id}"
         account = "this account has no access to it" if get_token() else "nobody is logged in"
         return HubError(f"{repo_id} is gated, and {account}", f"accept its terms at {page} and {_LOGIN}")
-    if _status(error) == 401 and not isinstance(error, RepositoryNotFoundError):
+    if status_of(error) == 401 and not isinstance(error, RepositoryNotFoundError):
         return HubError(f"the Hub does not accept the token in use for {what}", f"{_LOGIN} with a valid one")
     if isinstance(error, RepositoryNotFoundError):
         fact = f"{repo_id} is neither a folder here nor a model on the Hub that this account may read"
@@ -109,9 +64,9 @@ def _explained(error: Exception, repo_id: str, revision: str, name: str | None) 
         return HubError(fact, f"unset it, or give a folder that `hf download {repo_id} --local-dir FOLDER` wrote")
     if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
         return HubError(f"{repo_id} has no file {name} at {revision}", "check the repository")
-    if _status(error) is not None:
-        remedy = f"check what this account may do, or {_LOGIN}" if _status(error) == 403 else "try again later"
-        return HubError(f"the Hub answers {what} with status {_status(error)}", remedy)
+    if status_of(error) is not None:
+        remedy = f"check what this account may do, or {_LOGIN}" if status_of(error) == 403 else "try again later"
+        return HubError(f"the Hub answers {what} with status {status_of(error)}", remedy)
     if isinstance(error, TransportError | ConnectionError | LocalEntryNotFoundError):
         fact = f"{what} is not on this disk, and {constants.ENDPOINT} cannot be reached ({type(error).__name__})"
         return HubError(fact, _CARRY_ON)
@@ -121,18 +76,3 @@ def _explained(error: Exception, repo_id: str, revision: str, name: str | None) 
         path = error.filename or what
         return OutputError(f"{path} cannot be written: {error.strerror}", "check the folder and its permissions")
     return HubError(f"{what} did not arrive whole", _CARRY_ON)
-
-
-def _may_pass(error: BaseException | None) -> bool:
-    status = _status(error)
-    return status in _PASSING if status is not None else isinstance(error, TransportError)
-
-
-def _asked_pause(error: BaseException | None) -> float:
-    """Seconds of Retry-After."""
-    asked = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
-    return min(float(asked), _LONGEST_PAUSE) if asked.isdecimal() else 0.0
-
-
-def _status(error: BaseException | None) -> int | None:
-    return error.response.status_code if isinstance(error, HfHubHTTPError) else None

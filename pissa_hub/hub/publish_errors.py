@@ -1,19 +1,17 @@
-"""What goes wrong on the way up to the Hub, each in one line; ``faults`` has the way down."""
+"""What goes wrong on the way up to the Hub, each in one line with its remedy; ``faults`` has the way down."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from pissa_hub.errors import HubError
-from pissa_hub.hub.faults import TransportError, hide_signatures
+from pissa_hub.hub.transport import TransportError, hide_signatures, status_of, without_secrets
 
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
 _AGAIN = "run the same command again: what was uploaded is not uploaded twice"
-_SECRET = re.compile(r"\?\S*|\bhf_\w+")
 
 
 class MovedError(HubError):
@@ -49,7 +47,7 @@ def _explained(repo_id: str, error: BaseException) -> HubError:
 
 
 def _refused(repo_id: str, error: HfHubHTTPError) -> HubError:
-    status = error.response.status_code
+    status = status_of(error)
     said = _said(error.server_message or "")
     because = f" ({said})" if said else ""
     if status == 401:
@@ -71,4 +69,4 @@ def _refused(repo_id: str, error: HfHubHTTPError) -> HubError:
 
 def _said(message: str) -> str:
     """One line of what a server said, without queries of addresses and tokens."""
-    return _SECRET.sub("", " ".join(message.split()))[:200]
+    return without_secrets(" ".join(message.split()))[:200]

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pissa_hub.errors import HubError
-from pissa_hub.hub.card_data import Metadata
-from pissa_hub.hub.card_license import Terms, has_prefix, terms_of
+from pissa_hub.hub.card_data import Metadata, license_names
 from pissa_hub.hub.publish_release import Base, Content
 from pissa_hub.hub.publish_remote import DEFAULT_BRANCH, BaseStatus, Head, Remote, is_same
+from pissa_hub.licenses import Terms, has_prefix, terms_of
 
 # What a repository may hold before anything of ours is in it.
 _HARMLESS = (".gitattributes", "readme.md", "license", "notice")
@@ -88,7 +88,7 @@ def open_target(remote: Remote, base: Base, metadata: Metadata, private: bool | 
     ours = frozenset() if head is None else _ours(remote, head)
     status = remote.base_status(base)
     metadata = {**(status.metadata if status else {}), **metadata}
-    terms = terms_of(metadata, base.license)
+    terms = terms_of(license_names(metadata, base.license))
     notes: list[str] = []
     private = _visibility(remote, head, _reason(base, status, terms), private, notes)
     is_public = not (head.is_private if head else private)

@@ -20,7 +20,8 @@ from pissa_hub.checkpoint.files import Pin
 from pissa_hub.checkpoint.header import LENGTH_BYTES, Header, header_bytes, parse_header
 from pissa_hub.checkpoint.strict_json import shown
 from pissa_hub.errors import HubError
-from pissa_hub.hub.faults import hide_signatures, hub_faults, persistently
+from pissa_hub.hub.faults import hub_faults
+from pissa_hub.hub.transport import hide_signatures, persistently
 
 # The headers of most shards fit: one request for each.
 _FIRST_BYTES = 16 << 10

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,14 @@ import torch
 
 from pissa_hub.checkpoint.files import Files, Pin
 from pissa_hub.errors import ManifestError, OutputError
+from pissa_hub.hub.card_data import source_metadata
+from pissa_hub.hub.publish import Published
+from pissa_hub.hub.publish_release import Base
+from pissa_hub.hub.publish_stream import Publication, published_place
 from pissa_hub.hub.pull import pull_original
 from pissa_hub.manifest import MANIFEST_NAME, Manifest, load_manifest
 from pissa_hub.model.modules import resolve_layout
+from pissa_hub.pipeline.destination import InPlace
 from pissa_hub.pipeline.device import pick_device, worker_count
 from pissa_hub.pipeline.finish import CARD_NAME, finish
 from pissa_hub.pipeline.job import carry_out, check_whole
@@ -34,12 +40,14 @@ class Outcome:
         manifest: of the finished folder.
         was_finished: whether the folder had been finished before and nothing was done.
         carried_over: shards that an earlier, interrupted run had finished.
+        published: what changed on the Hub; None if it was not to be published.
     """
 
     plan: Plan
     manifest: Manifest
     was_finished: bool
     carried_over: int
+    published: Published | None = None
 
 
 def plan_decomposition(
@@ -68,6 +76,8 @@ def decompose(
     *,
     device: str = "auto",
     keep_source: bool = True,
+    publish: str | None = None,
+    private: bool | None = None,
     progress: Progress | None = None,
     **settings: Any,
 ) -> Outcome:
@@ -81,6 +91,10 @@ def decompose(
         device: ``auto`` (the first GPU, else the CPU), ``cpu``, ``cuda``, ``cuda:1``, ...
         keep_source: whether the shards of a source on the Hub stay in the client's cache; if not, two of them are
             on the disk at most.
+        publish: ``owner/name`` on the Hub. Each finished shard is uploaded to a branch ``pissa-upload-*`` there and its
+            file removed; the last step makes the release in one commit and deletes that branch. What stays in
+            ``output``, all but the shards, is enough for ``convert`` and ``restore``.
+        private: of a new repository, as of :func:`pissa_hub.publish`.
         progress: told how far it is.
         settings: fields of :class:`~pissa_hub.pipeline.settings.Settings`, e.g. ``rank=64``.
 
@@ -88,13 +102,41 @@ def decompose(
         PissaHubError: see ``errors``; for a bad input nothing is left behind.
     """
     plan = plan_decomposition(source, Settings(**settings), Path(output), keep_source=keep_source)
-    return run(plan, Path(output), pick_device(device), progress)
+    publication = None if publish is None else partial(open_publication, plan, publish, private, progress)
+    return run(plan, Path(output), pick_device(device), progress, publication)
 
 
-def run(plan: Plan, output: Path, device: torch.device, progress: Progress | None = None) -> Outcome:
-    """Follow a plan; see :func:`decompose`."""
-    done = carry_out(_Decomposition(plan, device), output, progress)
-    return Outcome(plan, done.result, done.was_finished, done.carried_over)
+def run(
+    plan: Plan,
+    output: Path,
+    device: torch.device,
+    progress: Progress | None = None,
+    publication: Callable[[], Publication] | None = None,
+) -> Outcome:
+    """Follow a plan; see :func:`decompose`. ``publication`` is called once the output folder may be used."""
+    job = _Decomposition(plan, device, is_published=publication is not None)
+    done = carry_out(job, output, progress, publication or InPlace)
+    return Outcome(plan, done.result, done.was_finished, done.carried_over, done.delivered)
+
+
+def open_publication(plan: Plan, repo_id: str, private: bool | None, progress: Progress | None) -> Publication:
+    """Where a plan's shards are to be published. Raises HubError if they may not be."""
+    checkpoint = plan.checkpoint
+    return Publication(
+        repo_id,
+        plan.digest,
+        base=Base(checkpoint.repo_id, checkpoint.revision, checkpoint.license),
+        metadata=source_metadata(checkpoint.readme),
+        auto_class=plan.layout.auto_class,
+        private=private,
+        progress=progress,
+    )
+
+
+def publishing_bytes(plan: Plan, finished: frozenset[str] = frozenset()) -> int:
+    """``Plan.disk_bytes`` where one shard is on the disk at once."""
+    shards = [shard.output.file_size for shard in plan.shards if shard.name not in finished]
+    return plan.disk_bytes(finished) - sum(shards) + max(shards, default=0)
 
 
 @dataclass(frozen=True)
@@ -103,6 +145,7 @@ class _Decomposition:
 
     plan: Plan
     device: torch.device
+    is_published: bool
 
     marker = MANIFEST_NAME
 
@@ -144,7 +187,7 @@ class _Decomposition:
         return Decomposer(self.plan.settings, self.device)
 
     def disk_bytes(self, held: frozenset[str]) -> int:
-        return self.plan.disk_bytes(held)
+        return publishing_bytes(self.plan, held) if self.is_published else self.plan.disk_bytes(held)
 
     def recognise(self, output: Path) -> Manifest:
         try:
@@ -156,7 +199,15 @@ class _Decomposition:
                 f"{output} holds another decomposition, of other weights or settings",
                 "choose another folder or remove it",
             )
-        check_whole(output, manifest.files)
+        shards = [name for name in manifest.source.files if not (output / name).exists()]
+        place = published_place(output)
+        if shards and place and not self.is_published:
+            raise OutputError(
+                f"{output} is finished, and its shards are on the Hub alone, as {place}",
+                f"use {place}, or choose another folder",
+            )
+        gone = shards if self.is_published else []
+        check_whole(output, {name: digest for name, digest in manifest.files.items() if name not in gone})
         return manifest
 
     def accept(self, receipt: Receipt) -> None:

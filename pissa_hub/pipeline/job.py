@@ -7,7 +7,7 @@ finished; until then ``.pissa/`` says whose unfinished work it holds.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -16,6 +16,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from pissa_hub.checkpoint.files import Files, Pin
 from pissa_hub.checkpoint.writer import FileDigest
 from pissa_hub.errors import AdapterError, CheckpointError, MatrixError, OutputError, VerificationError
+from pissa_hub.pipeline.destination import Destination, InPlace
 from pissa_hub.pipeline.receipts import Receipt, WorkFolder
 from pissa_hub.pipeline.stream import PlannedShard, PlannedWeight, Worker, stream
 from pissa_hub.progress import Progress, Silent
@@ -88,31 +89,47 @@ class Done(Generic[R]):
         result: what :meth:`Job.finish` or :meth:`Job.recognise` made of it.
         was_finished: whether the folder had been finished before and nothing was done.
         carried_over: shards that an earlier, interrupted run had finished.
+        delivered: what :meth:`Destination.commit` returned.
     """
 
     result: R
     was_finished: bool
     carried_over: int
+    delivered: Any = None
 
 
-def carry_out(job: Job[W, R], output: Path, progress: Progress | None = None) -> Done[R]:
+def carry_out(
+    job: Job[W, R],
+    output: Path,
+    progress: Progress | None = None,
+    open_destination: Callable[[], Destination] = InPlace,
+) -> Done[R]:
     """Do a job, or what an interrupted run left of it.
+
+    Args:
+        job: what is to be done.
+        output: folder to write.
+        progress: told how far it is.
+        open_destination: called once the output folder may be used: where finished shards go from there.
 
     Raises:
         OutputError: the output folder cannot be used or written.
         AdapterError, CheckpointError, MatrixError, VerificationError: the input is bad; nothing is left of the output.
-        HubError: the input did not arrive; what is done so far stays.
+        HubError: the input or the output did not arrive; what is done so far stays.
     """
     progress = progress or Silent()
     work = WorkFolder(output, job.digest)
     _check_outside(output, job.inputs)
     if (output / job.marker).exists():
         result = job.recognise(output)
+        delivered = open_destination().commit(output)
         work.remove()
-        return Done(result, was_finished=True, carried_over=0)
+        return Done(result, True, 0, delivered)
     _check_free(output, work, job.digest)
     absent = [path for path in (output.absolute(), *output.absolute().parents) if not path.exists()]
-    found = (work.receipt(shard.source.name, job.source) for shard in job.shards) if work.exists else ()
+    destination = open_destination()
+    shards = job.shards if work.exists else ()
+    found = (work.receipt(shard.source.name, job.source, destination.held) for shard in shards)
     receipts = {receipt.shard: receipt for receipt in found if receipt}
     held = frozenset(receipts)
     pending = [shard for shard in job.shards if shard.source.name not in held]
@@ -124,6 +141,8 @@ def carry_out(job: Job[W, R], output: Path, progress: Progress | None = None) ->
     sizes = {name: header.file_size - header.data_start for name, header in data.items()}
     progress.expect(sum(sizes.values()))
     progress.advance(sum(sizes[name] for name in held))
+    for receipt in receipts.values():
+        destination.add(receipt.shard, output / receipt.shard, receipt.output)
 
     def accept(receipt: Receipt) -> None:
         job.source.require_intact(receipt.shard, receipt.source)
@@ -131,14 +150,16 @@ def carry_out(job: Job[W, R], output: Path, progress: Progress | None = None) ->
 
     try:
         supply = job.source.supply(names, work.folder)
-        written = stream(pending, supply, output, work, job.worker, job.workers, accept, progress)
+        written = stream(pending, supply, output, work, job.worker, job.workers, accept, progress, destination)
     except (AdapterError, CheckpointError, MatrixError, VerificationError):
         _remove_output(output, work, job.file_names, absent)
+        destination.abandon()
         raise
     receipts.update({receipt.shard: receipt for receipt in written})
     result = job.finish([receipts[shard.source.name] for shard in job.shards], output, work)
+    delivered = destination.commit(output)
     work.remove()
-    return Done(result, was_finished=False, carried_over=len(held))
+    return Done(result, False, len(held), delivered)
 
 
 def free_space(output: Path) -> int:

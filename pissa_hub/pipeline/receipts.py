@@ -1,9 +1,9 @@
 """What an unfinished run leaves in ``.pissa/``: the plan it follows and a receipt for every finished shard.
 
-The files on disk are the truth. A receipt counts only if it is of this plan, every file that it vouches for is there
-with the bytes that it names, and so is the source's shard, here or on the Hub: a torn or foreign one costs a shard's
-work and nothing else. What a name on the Hub stood for when the work began is kept too, so that a moved branch changes
-nothing.
+The files are the truth. A receipt counts only if it is of this plan, every file that it vouches for is there with the
+bytes that it names, on the disk or where the shards go, and so is the source's shard, here or on the Hub: a torn or
+foreign one costs a shard's work and nothing else. What a name on the Hub stood for when the work began is kept too, so
+that a moved branch changes nothing.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pissa_hub.manifest import WeightRecord, weight_record
 WORK_FOLDER = ".pissa"
 _PLAN_NAME = "plan.json"
 _COMMITS = "commits"
+_NOTHING: Mapping[str, FileDigest] = {}
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,14 @@ class WorkFolder:
         table = {"plan": self._digest, **asdict(receipt)}
         write_file_atomic(self._receipt_path(receipt.shard), json.dumps(table).encode())
 
-    def receipt(self, shard: str, source: Files) -> Receipt | None:
-        """A shard's receipt, if it and the files that it vouches for are sound and the source is still the same."""
+    def receipt(self, shard: str, source: Files, elsewhere: Mapping[str, FileDigest] = _NOTHING) -> Receipt | None:
+        """A shard's receipt, if it and the files that it vouches for are sound and the source is still the same.
+
+        Args:
+            shard: its name.
+            source: that the shard is of.
+            elsewhere: finished shards that need not lie in the output folder.
+        """
         try:
             table = json.loads(self._receipt_path(shard).read_bytes())
             if table["plan"] != self._digest or table["shard"] != shard:
@@ -114,7 +121,7 @@ class WorkFolder:
                 tuple(weight_record(weight) for weight in table["weights"]),
             )
             held = (
-                _is(self._output / shard, receipt.output)
+                (elsewhere.get(shard) == receipt.output or _is(self._output / shard, receipt.output))
                 and (receipt.adapter is None or _is(self.adapter_part(shard), receipt.adapter))
                 and source.holds(shard, receipt.source)
             )

@@ -24,6 +24,7 @@ from pissa_hub.checkpoint.writer import FileDigest, ShardWriter
 from pissa_hub.errors import HubError
 from pissa_hub.factorization.precision import exact_fp32
 from pissa_hub.manifest import WeightRecord
+from pissa_hub.pipeline.destination import Destination, InPlace
 from pissa_hub.pipeline.receipts import Receipt, WorkFolder
 from pissa_hub.pipeline.threads import Prefetch, Sink, Team
 from pissa_hub.progress import Progress
@@ -126,6 +127,7 @@ def stream(
     workers: int,
     accept: Callable[[Receipt], None],
     progress: Progress,
+    destination: Destination | None = None,
 ) -> list[Receipt]:
     """Write what replaces each shard into ``output``; its receipt is left in ``work`` and returned.
 
@@ -138,19 +140,22 @@ def stream(
         accept: called with each finished shard's receipt before that counts; raises if the shard is not what it
             should be.
         progress: told of every weight and of the bytes read.
+        destination: of each shard, once its receipt is written; ``output`` by default.
 
     Raises:
         CheckpointError: a shard cannot be read or changes meanwhile.
-        HubError: a shard did not arrive.
+        HubError: a shard did not arrive, here or at the destination.
         OutputError: the output cannot be written.
         PissaHubError: what a worker or ``accept`` raises.
     """
+    destination = destination or InPlace()
     largest = max((weight.room for shard in shards for weight in shard.weights.values()), default=0)
     pool = BufferPool(max(BUFFER_BUDGET, (workers + 1) * largest))
     with ExitStack() as cleanup:
-        writers = cleanup.enter_context(_Writers[W](output, work, accept, progress))
+        writers = cleanup.enter_context(_Writers[W](output, work, accept, progress, destination))
         sink: Sink[_Result[W]] = Sink(writers.consume, _QUEUED, on_failure=pool.close)
         cleanup.callback(_quietly, sink.close)
+        cleanup.callback(destination.close)
         cleanup.enter_context(exact_fp32())
         team = cleanup.enter_context(Team(workers, equip))
         # The reader hands out the work, so that results are taken even while it waits for buffers.
@@ -217,11 +222,19 @@ def _quietly(close: Callable[[], None]) -> None:
 class _Writers(Generic[W]):
     """The writer's side: the shard in hand, its part of the adapter, and its receipt when both are on disk."""
 
-    def __init__(self, output: Path, work: WorkFolder, accept: Callable[[Receipt], None], progress: Progress) -> None:
+    def __init__(
+        self,
+        output: Path,
+        work: WorkFolder,
+        accept: Callable[[Receipt], None],
+        progress: Progress,
+        destination: Destination,
+    ) -> None:
         self._output = output
         self._work = work
         self._accept = accept
         self._progress = progress
+        self._destination = destination
         self._base: ShardWriter | None = None
         self._adapter: ShardWriter | None = None
         self._records: list[WeightRecord] = []
@@ -261,6 +274,7 @@ class _Writers(Generic[W]):
         self._work.write(receipt)
         self.receipts.append(receipt)
         self._base = self._adapter = None
+        self._destination.add(receipt.shard, self._output / receipt.shard, receipt.output)
 
     def _open(self, shard: PlannedShard[W]) -> tuple[ShardWriter, ShardWriter | None]:
         if self._base is None:

@@ -210,7 +210,10 @@ def test_an_initial_state_that_its_manifest_does_not_name(capfd: Capture, done: 
         ("source", "has no adapter_config.json"),
     ],
 )
-def test_an_init_that_is_none(capfd: Capture, done: Trained, tmp_path: Path, init: str, named: str) -> None:
+def test_an_init_that_is_none(
+    capfd: Capture, done: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, init: str, named: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     line = refused(capfd, done.adapter, done.source if init == "source" else init, tmp_path / "lora")
     assert named in line
 

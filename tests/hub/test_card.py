@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pissa_hub import convert, decompose, merge, restore
+from pissa_hub.adapter.record import load_conversion
+from pissa_hub.hub.card import lora_card
 from pissa_hub.hub.card_data import code, front_matter, prose, source_metadata
-from pissa_hub.hub.card_license import has_prefix, terms_of
 from pissa_hub.hub.publish import publish
 
 from ..conftest import SHARDED, Factory
@@ -241,28 +243,8 @@ def test_no_sentence_becomes_markup() -> None:
 def test_names_in_a_card_are_harmless(tiny_checkpoint: Factory, tmp_path: Path) -> None:
     folder = decomposed(tiny_checkpoint(), tmp_path / "out")
     adapter = trained_adapter(folder, tmp_path / "trained")
-    convert(adapter, folder, tmp_path / "lora", base_model='x"); import os #')
-    text = (tmp_path / "lora" / "README.md").read_text()
+    convert(adapter, folder, tmp_path / "lora")
+    record = load_conversion(tmp_path / "lora")
+    text = lora_card(replace(record, base={**record.base, "repo_id": 'x"); import os #'}), "CAUSAL_LM")
     assert "import os" not in text
     assert all(line == "" or not line.startswith("<") for line in text.splitlines())
-
-
-@pytest.mark.parametrize(
-    ("licence", "prefix"),
-    [
-        ("llama3", "Llama 3"),
-        ("llama3.1", "Llama"),
-        ("llama3.3", "Llama"),
-        ("llama4", "Llama"),
-        ("llama2", None),
-        ("apache-2.0", None),
-    ],
-)
-def test_terms_of_well_known_licences(licence: str, prefix: str | None) -> None:
-    terms = terms_of({"license": licence})
-    assert terms.name_prefix == prefix
-    assert terms.is_restricted == licence.startswith("llama")
-    assert (terms.notice is None) == (prefix is None)
-    assert has_prefix("llama3.1-pissa", "Llama")
-    assert has_prefix("Llama-3-8B-pissa", "Llama 3")
-    assert not has_prefix("Meta-Llama-3-8B", "Llama 3")

@@ -12,7 +12,7 @@ import pytest
 
 from pissa_hub.checkpoint.reader import sha256_file
 from pissa_hub.checkpoint.writer import FileDigest
-from pissa_hub.errors import VerificationError
+from pissa_hub.errors import OutputError, VerificationError
 from pissa_hub.hub import publish_remote
 from pissa_hub.hub.card_data import source_metadata
 from pissa_hub.hub.publish import publish
@@ -48,7 +48,7 @@ def shards_of(folder: Path) -> list[Path]:
 
 def send(waiting: Publication, shard: Path) -> None:
     waiting.add(shard.name, shard, FileDigest(*sha256_file(shard)))
-    shard.unlink()
+    assert not shard.exists()
 
 
 @pytest.mark.parametrize("storage", ["basic", "multipart", "xet"])
@@ -60,8 +60,8 @@ def test_streamed_release_is_the_published_one(tiny_checkpoint: Factory, tmp_pat
         for shard in shards_of(folder):
             send(waiting, shard)
             assert hub.files(NAME) == created
-        info = waiting.commit(folder)
-        assert info.oid == hub.commits(NAME)[0].sha
+        published = waiting.commit(folder)
+        assert published.commit == hub.commits(NAME)[0].sha
         assert len(hub.commits(NAME)) == 2
         assert not hub.repositories.load("model", NAME).ref(WAITING)
 
@@ -127,8 +127,8 @@ def test_moved_branch_and_pull_request(tiny_checkpoint: Factory, tmp_path: Path)
         hub.fail("/commit/main", None, action=lambda: hub.move(NAME))
         with pytest.raises(MovedError):
             waiting.commit(folder)
-        info = waiting.commit(folder)
-        assert info.pr_url.endswith("/discussions/1")
+        published = waiting.commit(folder)
+        assert str(published.pull_request).endswith("/discussions/1")
         files = hub.files(NAME)
         files.pop("moved.txt")
         assert files == before
@@ -160,6 +160,6 @@ def test_file_that_changed_is_not_taken(
         shard = shards_of(folder)[0]
         digest = FileDigest(*sha256_file(shard))
         shard.write_bytes(shard.read_bytes()[:-1] + b"!")
-        with pytest.raises(VerificationError, match="changed while"):
+        with pytest.raises(OutputError, match="changed while"):
             waiting.add(shard.name, shard, digest)
         assert not waiting.held

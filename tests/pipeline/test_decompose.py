@@ -480,7 +480,7 @@ def test_other_files_are_carried_over(source: Path, tmp_path: Path) -> None:
     assert {name: written[name] for name in carried} == carried
     assert not written.keys() & (left.keys() - {"README.md"})
     assert b"the source's own card" not in written["README.md"]
-    assert b"license: mit" in written["README.md"]
+    assert b'license: "mit"' in written["README.md"]
     assert carried.keys() <= manifest_of(output)["files"].keys()
     assert verify(output).is_sound
 

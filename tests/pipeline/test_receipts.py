@@ -90,6 +90,16 @@ def test_is_void_without_its_files(
     assert work.receipt(shard.name, Folder(shard.path.parent)) is None
 
 
+def test_output_may_be_elsewhere(work: WorkFolder, shard: Shard, receipt: Receipt, tmp_path: Path) -> None:
+    (tmp_path / "out" / NAME).unlink()
+    source = Folder(shard.path.parent)
+    assert work.receipt(NAME, source, {NAME: receipt.output}) == receipt
+    assert work.receipt(NAME, source, {NAME: replace(receipt.output, sha256="0" * 64)}) is None
+    assert work.receipt(NAME, source, {"other": receipt.output}) is None
+    work.adapter_part(NAME).unlink()
+    assert work.receipt(NAME, source, {NAME: receipt.output}) is None
+
+
 def test_is_void_for_another_plan_or_shard(work: WorkFolder, shard: Shard, receipt: Receipt, tmp_path: Path) -> None:
     assert WorkFolder(tmp_path / "out", "another").receipt(shard.name, Folder(shard.path.parent)) is None
     other = replace(shard, name="model-00002-of-00002.safetensors")
