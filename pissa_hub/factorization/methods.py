@@ -19,7 +19,7 @@ from pissa_hub.factorization.svd import TruncatedSVD
 from pissa_hub.factorization.workspace import Workspace
 
 # Elements per step of the residual: small enough to stay in a CPU's cache, large enough to fill a GPU.
-_CPU_CHUNK = 1 << 19
+_CPU_CHUNK = 1 << 18
 _DEVICE_CHUNK = 1 << 24
 
 

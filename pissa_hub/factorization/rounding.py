@@ -42,6 +42,8 @@ def round_if_sure(difference: Tensor, bound: Tensor, dtype: torch.dtype, workspa
     """
     least = _rounded("least", difference.sub_(bound), dtype, workspace)
     most = _rounded("most", difference.add_(bound * 2), dtype, workspace)
+    if _same_bits(least, most):
+        return most, torch.empty(0, 2, dtype=torch.int64, device=most.device)
     rows = (torch.sub(most, least, out=least).amax(dim=1) > 0).nonzero().view(-1)
     doubts = least[rows].nonzero()
     return most, torch.stack([rows[doubts[:, 0]], doubts[:, 1]], dim=1)
@@ -51,6 +53,13 @@ def _rounded(name: str, difference: Tensor, dtype: torch.dtype, workspace: Works
     shape = tuple(difference.shape)
     single = workspace.take(name, shape, difference, torch.float32).copy_(difference).add_(0.0)
     return single if dtype == torch.float32 else workspace.take(name, shape, difference, dtype).copy_(single)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two contiguous tensors hold the same bits; compared in the widest integers, which is fastest."""
+    a, b = a.view(-1), b.view(-1)
+    whole = a.numel() - a.numel() % 4
+    return torch.equal(a[:whole].view(torch.int64), b[:whole].view(torch.int64)) and torch.equal(a[whole:], b[whole:])
 
 
 def exact_differences(weight: Tensor, left: Tensor, right: Tensor, indices: Tensor) -> Tensor:
