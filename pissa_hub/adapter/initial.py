@@ -108,7 +108,8 @@ def require_init(adapter: Path, init: Path | None) -> Path:
     """``init``, if it was given. Raises AdapterError that says where it may lie, if not, or that of a bad adapter."""
     if init is not None:
         return init
-    open_adapter(adapter)
+    if adapter.exists() or not is_hub_id(adapter.as_posix().partition("@")[0]):
+        open_adapter(adapter)
     if (adapter / CONVERSION_NAME).exists():
         raise AdapterError(f"{adapter} is converted already", "load it on the original base as it is")
     places = [folder / name for folder in (adapter, adapter.parent) for name in _FOREIGN_FOLDERS]

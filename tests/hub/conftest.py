@@ -18,7 +18,7 @@ from .pulling import REPO, Client, Hubs
 @pytest.fixture
 def source(tiny_checkpoint: Factory, tmp_path: Path) -> Path:
     """Twelve shards, a tokenizer and a licence."""
-    folder = tiny_checkpoint(shard_size="64KB", num_hidden_layers=4)
+    folder = tiny_checkpoint(shard_size="74KB", num_hidden_layers=6)
     source = Path(shutil.copytree(folder, tmp_path / "source"))
     (source / "tokenizer.json").write_text("{}" * 100_000)
     (source / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")

@@ -147,7 +147,10 @@ KILLS = [(storage, stage) for storage in STORAGES for stage in ("preupload", "up
 KILLS.remove(("xet", "upload"))  # Xet's bytes do not pass the hub
 
 
-@pytest.mark.parametrize(("storage", "stage"), KILLS)
+@pytest.mark.parametrize(
+    ("storage", "stage"),
+    [pytest.param(*kill, marks=[pytest.mark.slow] if kill[0] == "multipart" else []) for kill in KILLS],
+)
 def test_killed_client_carries_on(tiny_checkpoint: Factory, tmp_path: Path, storage: Storage, stage: str) -> None:
     with logged_in(tmp_path / "hub", storage) as hub:
         folder = decomposed(put_base(hub, tiny_checkpoint(shard_size=SHARDED)), tmp_path / "decomposed")

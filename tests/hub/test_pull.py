@@ -157,6 +157,7 @@ def sizes(folder: Path) -> Iterator[int]:
                 yield Path(parent, name).lstat().st_size
 
 
+@pytest.mark.slow
 def test_cached_shards_are_neither_fetched_nor_removed(client: Client, hub: LoopbackHub, tmp_path: Path) -> None:
     client.run("decompose", REPO, "-o", tmp_path / "first", *SETTINGS)
     fetched = shard_requests(hub)

@@ -78,6 +78,7 @@ def test_offline(client: Client, tmp_path: Path) -> None:
     assert f"hf download {REPO} --local-dir" in ran.error
 
 
+@pytest.mark.slow
 def test_unreachable(client: Client, hub: LoopbackHub) -> None:
     hub.stop()
     (ran,) = client.run_all(plan(REPO))
@@ -85,7 +86,7 @@ def test_unreachable(client: Client, hub: LoopbackHub) -> None:
     assert f"{hub.endpoint} cannot be reached (ConnectError); check the connection" in line
 
 
-@pytest.mark.parametrize("keep", ["yes", "no"])
+@pytest.mark.parametrize("keep", ["no", pytest.param("yes", marks=pytest.mark.slow)])
 def test_passing_faults_change_nothing(
     client: Client, hub: LoopbackHub, local: Path, tmp_path: Path, keep: str
 ) -> None:
@@ -101,7 +102,7 @@ def test_passing_faults_change_nothing(
     assert_same_but_source(tmp_path / "out", local)
 
 
-@pytest.mark.parametrize("keep", ["yes", "no"])
+@pytest.mark.parametrize("keep", ["no", pytest.param("yes", marks=pytest.mark.slow)])
 def test_corrupt_shard_is_found_and_what_is_done_stays(
     client: Client, hub: LoopbackHub, local: Path, tmp_path: Path, keep: str
 ) -> None:

@@ -40,7 +40,14 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize(("how", "keep"), [("SIGKILL", "no"), ("SIGINT", "no"), ("SIGKILL", "yes")])
+@pytest.mark.parametrize(
+    ("how", "keep"),
+    [
+        ("SIGKILL", "no"),
+        pytest.param("SIGINT", "no", marks=pytest.mark.slow),
+        pytest.param("SIGKILL", "yes", marks=pytest.mark.slow),
+    ],
+)
 def test_stopped_run_carries_on_though_the_branch_moved(
     client: Client, hub: LoopbackHub, local: Path, tmp_path: Path, how: str, keep: str
 ) -> None:
@@ -78,6 +85,7 @@ def test_stopped_restoration_carries_on_though_both_branches_moved(
     assert not done & set(shard_requests(hub)[fetched:])
 
 
+@pytest.mark.slow
 def test_interrupt_does_not_wait_for_the_shard_on_its_way(client: Client, hub: LoopbackHub, tmp_path: Path) -> None:
     output = tmp_path / "out"
     hub.fail(r"\.safetensors$", None, times=40, seconds=0.3, origin="cdn")
@@ -98,7 +106,7 @@ def test_lost_hub_leaves_what_is_done(client: Client, hub: LoopbackHub, local: P
     command = ("decompose", REPO, "-o", output, *SETTINGS, "--keep-source", "no")
     hub.fail(r"resolve/.*/model-00005.*\.safetensors$", 403, times=20, method="HEAD")
     (ran,) = client.run_all(command)
-    assert f"the Hub answers {REPO}/model-00005-of-00011.safetensors with status 403" in ran.error
+    assert f"the Hub answers {REPO}/model-00005-of-00012.safetensors with status 403" in ran.error
     assert len(receipts_in(output)) == 4
     hub.heal()
     client.run(*command)

@@ -137,7 +137,7 @@ class ShardPeak(Peak):
         watch.join()
 
 
-@pytest.mark.parametrize("storage", ["basic", "xet"])
+@pytest.mark.parametrize("storage", ["basic", pytest.param("xet", marks=pytest.mark.slow)])
 def test_model_larger_than_the_disk(loopback_hub: Hubs, source: Path, tmp_path: Path, storage: Storage) -> None:
     hub = loopback_hub(storage)
     if storage == "xet":
@@ -245,7 +245,8 @@ def test_killed_client_carries_on(place: Place, reference: Path, monkeypatch: py
     place.assert_published(reference)
 
 
-@pytest.mark.parametrize("storage", ["basic", pytest.param("xet", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("storage", ["basic", "xet"])
 def test_killed_at_any_time(loopback_hub: Hubs, source: Path, tmp_path: Path, storage: Storage) -> None:
     """From the Hub to the Hub, and every time as much is done as was."""
     hub = loopback_hub(storage)
