@@ -227,7 +227,7 @@ def test_an_adapter_without_its_initial_state(capfd: Capture, adapter: Path) -> 
         assert place in line
 
 
-@pytest.mark.parametrize("adapter", ["nothing/here", "source"])
+@pytest.mark.parametrize("adapter", ["nothing/here/at/all", "source"])
 def test_no_adapter_and_no_initial_state(capfd: Capture, done: Trained, tmp_path: Path, adapter: str) -> None:
     """It is the adapter that is missing."""
     path = done.source if adapter == "source" else Path(adapter)
@@ -514,10 +514,10 @@ def test_an_error_that_the_dtype_cannot_keep(capfd: Capture, done: Trained, tmp_
 def test_a_run_that_is_stopped(done: Trained, tmp_path: Path, how: signal.Signals, left: list[str]) -> None:
     """While it writes: the output's name is not taken, and the same command does the work."""
     program = (
-        "import os, sys\n"
+        "import os, sys, time\n"
         "from pissa_hub.adapter import convert\n"
         "from pissa_hub.cli import main\n"
-        f"convert.lora_card = lambda *_: os.kill(os.getpid(), {int(how)})\n"
+        f"convert.lora_card = lambda *_: (os.kill(os.getpid(), {int(how)}), time.sleep(60))\n"
         "main(sys.argv[1:])\n"
     )
     lora = tmp_path / "lora"

@@ -318,6 +318,7 @@ def test_refused_upload_is_one_line_and_can_be_carried_on(
     assert len(set(stored(place.hub))) == len(stored(place.hub))
 
 
+@pytest.mark.slow
 def test_interrupt_does_not_wait_for_the_upload(place: Place, reference: Path) -> None:
     place.hub.fail(UPLOAD, None, times=1)
     place.hub.fail(UPLOAD, None, seconds=8)

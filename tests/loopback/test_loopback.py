@@ -56,7 +56,7 @@ def client(hub: LoopbackHub, token: str | bool | None = None) -> HfApi:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    paths = [path for path in folder.rglob("*") if path.is_file() and ".cache" not in path.parts]
+    paths = [path for path in folder.rglob("*") if path.is_file() and ".cache" not in path.relative_to(folder).parts]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
