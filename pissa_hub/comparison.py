@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from pissa_hub.checkpoint.reader import sha256_file
 from pissa_hub.checkpoint.source import Checkpoint
 from pissa_hub.checkpoint.tensor_file import TensorFile
+from pissa_hub.checkpoint.writer import FileDigest
 from pissa_hub.errors import VerificationError
 from pissa_hub.factorization.methods import Factors, deviation_of, energy_of
 from pissa_hub.factorization.svd import SVDSettings, TruncatedSVD, truncated_svd
@@ -49,20 +50,23 @@ class Findings:
 
 def require_source(original: Checkpoint, manifest: Manifest, progress: Progress) -> None:
     """Raises VerificationError unless the checkpoint's shards are those that the manifest names."""
-    expected = manifest.source.files
-    names = [shard.name for shard in original.shards]
-    wrong = sorted(set(names) ^ set(expected))
+    require_shards(original, manifest.source.files, "decomposition", progress)
+
+
+def require_shards(original: Checkpoint, expected: Mapping[str, FileDigest], kind: str, progress: Progress) -> None:
+    """Raises VerificationError unless the shards are those that a folder of this ``kind`` was made from."""
+    wrong = sorted({shard.name for shard in original.shards} ^ set(expected))
     for shard in original.shards:
         if shard.name in expected:
             progress.working_on(shard.name)
-            size, sha256 = sha256_file(original.files.path(shard.name))
-            progress.advance(size)
-            if (size, sha256) != (expected[shard.name].size, expected[shard.name].sha256):
+            found = FileDigest(*sha256_file(original.files.path(shard.name)))
+            progress.advance(found.size)
+            if found != expected[shard.name]:
                 wrong.append(shard.name)
     if wrong:
         raise VerificationError(
-            f"{original.place} is not the source of this decomposition: {wrong[0]} differs",
-            "give the checkpoint that the manifest names",
+            f"{original.place} is not the source of this {kind}: {wrong[0]} differs",
+            "give the checkpoint that it was made from",
         )
 
 

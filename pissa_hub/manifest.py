@@ -1,7 +1,8 @@
 """pissa_manifest.json: what a decomposition was made of, how, how exactly, and every byte of it.
 
 Written last, so that its presence means a finished folder. It holds no time stamps, durations or local paths: the same
-source, settings and machine give the same bytes. ``manifest.schema.json`` beside this file is its JSON Schema.
+source, settings and machine give the same bytes. It is sealed, see ``seal``; ``manifest.schema.json`` beside this file
+is its JSON Schema.
 """
 
 from __future__ import annotations
@@ -9,18 +10,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from pissa_hub.checkpoint.strict_json import parse_object
+from pissa_hub.checkpoint.strict_json import shown
 from pissa_hub.checkpoint.writer import FileDigest
 from pissa_hub.errors import ManifestError
 from pissa_hub.schema import violations
+from pissa_hub.seal import read_sealed, sealed
 
 MANIFEST_NAME = "pissa_manifest.json"
 FORMAT = "pissa-hub-manifest"
 VERSION = 1
-_MAX_BYTES = 256 << 20
 _AGAIN = "download or decompose it again"
 
 _T = TypeVar("_T")
@@ -98,8 +99,7 @@ class Manifest:
         return weight.alpha / (weight.rank**0.5 if self.settings["use_rslora"] else weight.rank)
 
     def to_bytes(self) -> bytes:
-        table = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        return (json.dumps(table, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        return sealed({"format": FORMAT, "version": VERSION, **asdict(self)})
 
 
 def lora_names(module: str) -> tuple[str, str]:
@@ -118,39 +118,58 @@ def load_manifest(folder: Path) -> Manifest:
     """Read the manifest of a decomposed folder.
 
     Raises:
-        ManifestError: there is none, or it is not one of this version.
+        ManifestError: there is none, it is not as it was written, or it is not one of this version.
     """
     path = folder / MANIFEST_NAME
     if not path.is_file():
         raise ManifestError(f"{folder} has no {MANIFEST_NAME}", "give a folder that decompose has finished")
-    if path.stat().st_size > _MAX_BYTES:
-        raise ManifestError(f"{path} is larger than {_MAX_BYTES} bytes", _AGAIN)
     try:
-        table = parse_object(path.read_bytes())
+        table = read_sealed(path)
         found = table["format"], table["version"]
         if found != (FORMAT, VERSION):
             raise ManifestError(f"{path} is {found[0]!r} version {found[1]!r}", "use a newer pissa_hub")
         for violation in violations(table, manifest_schema()):
-            raise ValueError(violation)
+            raise ValueError(f"is malformed: {violation}")
         return Manifest(
             tool=dict(table["tool"]),
             source=_source(table["source"]),
             settings=dict(table["settings"]),
             weights=tuple(weight_record(weight) for weight in table["weights"]),
-            files=_digests(table["files"]),
+            files=file_digests(table["files"]),
             environment=dict(table["environment"]),
         )
     except KeyError as error:
         raise ManifestError(f"{path} is malformed: it lacks {error}", _AGAIN) from None
-    except (OSError, ValueError) as error:
-        raise ManifestError(f"{path} is malformed: {error}", _AGAIN) from None
+    except ValueError as error:
+        raise ManifestError(f"{path} {error}", _AGAIN) from None
+
+
+def file_digests(table: Mapping[str, Any]) -> dict[str, FileDigest]:
+    """The part of a record that names files of a folder.
+
+    Raises:
+        ValueError: a name leads out of the folder, or a digest is none; as a clause that fits after the record's name.
+    """
+    for name in table:
+        path = PurePosixPath(name)
+        if path.is_absolute() or not path.parts or ".." in path.parts or set("\\:\0") & set(name):
+            raise ValueError(f"names {shown(name)}, which points out of the folder")
+    return {name: file_digest(digest) for name, digest in table.items()}
+
+
+def file_digest(table: Mapping[str, Any]) -> FileDigest:
+    """A digest from its JSON form. Raises ValueError."""
+    digest = _record(FileDigest, table)
+    if type(digest.size) is not int or not isinstance(digest.sha256, str):
+        raise ValueError("has digests that are none")
+    return digest
 
 
 def weight_record(table: Mapping[str, Any]) -> WeightRecord:
     """A record from its JSON form. Raises KeyError, TypeError or ValueError."""
     plain = dict(table)
     if len(plain["singular_values"]) != plain["rank"]:
-        raise ValueError(f"{plain['tensor']!r} has {len(plain['singular_values'])} singular values")
+        raise ValueError(f"has {len(plain['singular_values'])} singular values of {plain['tensor']!r}")
     return WeightRecord(
         **{
             **plain,
@@ -170,8 +189,4 @@ def _record(kind: type[_T], table: Mapping[str, Any]) -> _T:
 
 
 def _source(table: Mapping[str, Any]) -> SourceRecord:
-    return SourceRecord(table["repo_id"], table["revision"], table["license"], _digests(table["files"]))
-
-
-def _digests(table: Mapping[str, Any]) -> dict[str, FileDigest]:
-    return {str(name): _record(FileDigest, digest) for name, digest in table.items()}
+    return SourceRecord(table["repo_id"], table["revision"], table["license"], file_digests(table["files"]))

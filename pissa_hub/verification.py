@@ -1,22 +1,24 @@
-"""``verify``: whether a decomposed folder is what its manifest says, and with the source, what the source was."""
+"""``verify``: whether a finished folder is what its record says, and with the source, made of that."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torch
 
-from pissa_hub.checkpoint.header import Header, read_header
-from pissa_hub.checkpoint.index import INDEX_NAME, check_index, parse_index
-from pissa_hub.checkpoint.reader import sha256_file
+from pissa_hub.checkpoint.header import Header
+from pissa_hub.checkpoint.opening import read_bounded
+from pissa_hub.checkpoint.source import Checkpoint
+from pissa_hub.checkpoint.strict_json import parse_object
 from pissa_hub.checkpoint.tensor_file import TensorFile
-from pissa_hub.comparison import Check, Findings, compare, require_source
-from pissa_hub.errors import CheckpointError, VerificationError
+from pissa_hub.comparison import Check, Findings, compare, require_shards
+from pissa_hub.errors import PlanError, VerificationError
+from pissa_hub.finished import Finished, open_finished
 from pissa_hub.hub.publish_stream import published_place
-from pissa_hub.hub.pull import pull_folder, pull_original
-from pissa_hub.manifest import MANIFEST_NAME, Manifest, WeightRecord, load_manifest, lora_names
+from pissa_hub.hub.pull import pull_checkpoint, pull_folder, pull_original
+from pissa_hub.integrity import check_files, check_headers
+from pissa_hub.manifest import Manifest, WeightRecord, lora_names
 from pissa_hub.pipeline.plan import ADAPTER_CONFIG_NAME, ADAPTER_FOLDER, ADAPTER_NAME
 from pissa_hub.progress import Progress, Silent
 
@@ -30,103 +32,67 @@ def verify(
     sample: int = 4,
     progress: Progress | None = None,
 ) -> Findings:
-    """Check a decomposed folder.
+    """Check what decompose, merge or convert wrote.
 
-    Without the source: every file's size and SHA-256, every safetensors header, the index, the adapter's tensors and
-    configuration, and its factors against the singular values in the manifest. With the source also its own hashes,
-    every decomposed weight W against W_res + s B A, that every other tensor is byte-equal, and a sample of
-    certificates by decomposing anew with another seed.
+    Without the source: the record's own hash, every file's size and SHA-256, every safetensors header and the index; of
+    a decomposition also the adapter's tensors and configuration, and its factors against the singular values in the
+    manifest. With the source also its hashes; and of a decomposition every decomposed weight W against W_res + s B A,
+    that every other tensor is byte-equal, and a sample of certificates by decomposing anew with another seed.
 
     Args:
-        folder: what ``decompose`` wrote.
-        source: the checkpoint that it was made from. Both may be ``org/name[@revision]`` on the Hub; they are fetched
-            into the client's cache.
+        folder: what was written.
+        source: the checkpoint that it was made from: of a merge what was merged into, of a converted adapter the
+            original model. Both may be ``org/name[@revision]`` on the Hub; they are fetched into the client's cache.
         sample: how many certificates to recompute; -1 for all.
         progress: told how far it is.
 
     Raises:
-        ManifestError: the folder has no manifest that can be read.
+        OutputError: the folder is not finished.
+        ManifestError, OutputError, AdapterError: its record is not as it was written.
         CheckpointError: the source is no checkpoint.
-        VerificationError: the source is another one than the manifest names, by its hashes; or the folder's shards
+        PlanError: the record does not say which source it was.
+        VerificationError: the source is another one than the record names, by its hashes; or the folder's shards
             are on the Hub alone.
     """
-    folder, progress = pull_folder(folder).folder, progress or Silent()
-    manifest = load_manifest(folder)
-    _require_shards(folder, manifest)
-    original = None if source is None else pull_original(source)
+    finished, progress = open_finished(pull_folder(folder).folder), progress or Silent()
+    record = finished.record
+    if isinstance(record, Manifest):
+        _require_here(finished.folder, record)
+    original = None if source is None else _open_source(finished, source)
     readable = 0 if original is None else sum(shard.header.file_size for shard in original.shards)
-    progress.expect(sum(digest.size for digest in manifest.files.values()) + 2 * readable)
-    checks = [_check_files(folder, manifest, progress)]
-    headers, headers_check = _check_headers(folder, manifest)
-    checks += [headers_check, _check_adapter(folder, manifest, headers)]
+    progress.expect(sum(digest.size for digest in record.files.values()))
+    progress.expect(readable * (2 if isinstance(record, Manifest) else 1))
+    files = check_files(finished, progress)
+    headers, of_headers = check_headers(finished)
+    checks = [files, of_headers]
+    if isinstance(record, Manifest):
+        checks.append(_check_adapter(finished.folder, record, headers))
     if original is not None:
-        require_source(original, manifest, progress)
-        if any(check.problems for check in checks[1:]):
+        require_shards(original, finished.sources, finished.kind, progress)
+        if not isinstance(record, Manifest):
+            checks.append(Check("hashes of the source", len(original.shards), ()))
+        elif any(check.problems for check in checks[1:]):
             checks.append(Check("comparison with the source", 0, ("not possible on a folder with these faults",)))
         else:
-            checks += compare(folder, original, manifest, sample, progress)
+            checks += compare(finished.folder, original, record, sample, progress)
     return Findings(tuple(checks))
 
 
-def _require_shards(folder: Path, manifest: Manifest) -> None:
-    """Raises VerificationError if they went to the Hub as they were made."""
-    place = published_place(folder)
-    if place and not all((folder / name).exists() for name in manifest.source.files):
+def _require_here(folder: Path, manifest: Manifest) -> None:
+    """Raises VerificationError if the shards went to the Hub as they were made."""
+    place = None if all((folder / name).exists() for name in manifest.source.files) else published_place(folder)
+    if place:
         raise VerificationError(f"the shards of {folder} are on the Hub alone", f"run `pissa-hub verify {place}`")
 
 
-def _check_files(folder: Path, manifest: Manifest, progress: Progress) -> Check:
-    problems = []
-    for name, digest in manifest.files.items():
-        parts = PurePosixPath(name).parts
-        if PurePosixPath(name).is_absolute() or ".." in parts or not parts:
-            problems.append(f"{name!r} in the manifest points out of the folder")
-            continue
-        progress.working_on(name)
-        path = folder / name
-        try:
-            size, sha256 = sha256_file(path)
-        except CheckpointError as error:
-            problems.append(error.fact)
-            continue
-        progress.advance(size)
-        if size != digest.size:
-            problems.append(f"{name} has {size} bytes instead of {digest.size}")
-        elif sha256 != digest.sha256:
-            problems.append(f"{name} has other content than the manifest says")
-    known = {*manifest.files, MANIFEST_NAME}
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        if path.is_file() and relative.as_posix() not in known and not relative.parts[0].startswith("."):
-            problems.append(f"{relative.as_posix()} is not in the manifest")
-    return Check("files and hashes", len(manifest.files), tuple(problems))
+def _open_source(finished: Finished, source: str | Path) -> Checkpoint:
+    if not finished.sources:
+        raise PlanError(f"{finished.record_name} does not name the files of the original", "leave out --source")
+    return pull_original(source) if isinstance(finished.record, Manifest) else pull_checkpoint(source)
 
 
-def _check_headers(folder: Path, manifest: Manifest) -> tuple[dict[str, Header], Check]:
-    headers, problems = {}, []
-    for name in manifest.files:
-        if name.endswith(".safetensors"):
-            try:
-                headers[name] = read_header(folder / name)
-            except CheckpointError as error:
-                problems.append(error.fact)
-    if not problems:
-        problems += _misplaced_weights(manifest, headers)
-    path = folder / INDEX_NAME
-    if INDEX_NAME in manifest.files and not problems:
-        try:
-            index = parse_index(path, path.read_bytes())
-            shards = {name: headers[name] for name in manifest.source.files}
-            check_index(path, index, shards)
-        except (CheckpointError, OSError, KeyError) as error:
-            problems.append(f"{INDEX_NAME}: {error}")
-    return headers, Check("headers and index", len(headers), tuple(problems))
-
-
-def _misplaced_weights(manifest: Manifest, headers: dict[str, Header]) -> Iterator[str]:
+def _misplaced_weights(manifest: Manifest, headers: Mapping[str, Header]) -> Iterator[str]:
     shards = [headers[name] for name in manifest.source.files if name in headers]
-    if len(shards) != len(manifest.source.files):
-        yield "a shard of the source has no counterpart"
     stored = {entry.name: entry.shape for header in shards for entry in header.entries}
     for weight in manifest.weights:
         shape = weight.shape[::-1] if weight.is_transposed else weight.shape
@@ -134,11 +100,11 @@ def _misplaced_weights(manifest: Manifest, headers: dict[str, Header]) -> Iterat
             yield f"no shard holds {weight.tensor} of shape {list(shape)}"
 
 
-def _check_adapter(folder: Path, manifest: Manifest, headers: dict[str, Header]) -> Check:
+def _check_adapter(folder: Path, manifest: Manifest, headers: Mapping[str, Header]) -> Check:
     header = headers.get(_ADAPTER)
     if header is None:
         return Check("adapter", 0, (f"{_ADAPTER} cannot be read",))
-    problems = list(_config_problems(folder, manifest))
+    problems = [*_misplaced_weights(manifest, headers), *_config_problems(folder, manifest)]
     expected = {name for weight in manifest.weights for name in lora_names(weight.module)}
     stored = {entry.name for entry in header.entries}
     problems += [f"{_ADAPTER} lacks {name}" for name in sorted(expected - stored)]
@@ -153,7 +119,7 @@ def _check_adapter(folder: Path, manifest: Manifest, headers: dict[str, Header])
 def _config_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
     name = f"{ADAPTER_FOLDER}/{ADAPTER_CONFIG_NAME}"
     try:
-        config = json.loads((folder / name).read_bytes())
+        config = parse_object(read_bounded(folder / name, manifest.files[name].size))
         expected = {
             "peft_type": "LORA",
             "r": manifest.settings["rank"],
@@ -163,7 +129,7 @@ def _config_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
         for key, value in expected.items():
             if config[key] != value:
                 yield f"{name} has {key} {config[key]!r} instead of {value!r}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError) as error:
         yield f"{name} cannot be read ({type(error).__name__}: {error})"
 
 

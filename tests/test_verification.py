@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pissa_hub import PissaHubError, decompose, verify
-from pissa_hub.errors import CheckpointError, ManifestError, VerificationError
+from pissa_hub.errors import CheckpointError, ManifestError, OutputError, VerificationError
 
 from .conftest import SHARDED, Factory
-from .helpers import ADAPTER, ADAPTER_CONFIG, MANIFEST, files_of, manifest_of, run_cli
+from .helpers import ADAPTER, ADAPTER_CONFIG, MANIFEST, files_of, manifest_of, run_cli, write_record
 
 Capture = pytest.CaptureFixture[str]
 Table = dict[str, Any]
@@ -56,7 +56,7 @@ def problems(output: Path, source: Path | None = None) -> list[str]:
 def edit_manifest(output: Path, edit: Callable[[Table], object]) -> None:
     table = manifest_of(output)
     edit(table)
-    (output / MANIFEST).write_text(json.dumps(table))
+    write_record(output / MANIFEST, table)
 
 
 def vouch_for(output: Path, name: str) -> None:
@@ -112,7 +112,7 @@ def test_flipped_bit_fails_the_command(capfd: Capture, output: Path) -> None:
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     ran = run_cli(capfd, "verify", output)
     assert (ran.code, ran.err) == (1, "")
-    assert f"{SHARD} has other content than the manifest says" in ran.out
+    assert f"{SHARD} has other content than {MANIFEST} says" in ran.out
     assert ran.out.splitlines()[-1] == "NOT sound: do not use this folder"
     parsed = run_cli(capfd, "verify", output, "--format", "json")
     assert parsed.code == 1
@@ -144,7 +144,7 @@ def test_extra_file_is_found(output: Path, name: str) -> None:
     """adapter_config.json at the root, for one, would make transformers load an adapter unasked."""
     (output / name).parent.mkdir(exist_ok=True)
     (output / name).write_bytes(b"")
-    assert problems(output) == [f"{name} is not in the manifest"]
+    assert problems(output) == [f"{name} is not in {MANIFEST}"]
 
 
 def test_what_the_hub_adds_is_no_fault(output: Path) -> None:
@@ -226,13 +226,13 @@ def test_wrong_source_is_refused(capfd: Capture, source: Path, output: Path, tmp
     with pytest.raises(VerificationError, match="is not the source of this decomposition"):
         verify(output, other)
     line = run_cli(capfd, "verify", output, "--source", other).error
-    assert "give the checkpoint that the manifest names" in line
+    assert "give the checkpoint that it was made from" in line
 
 
 def test_folder_that_is_no_decomposition(capfd: Capture, source: Path, tmp_path: Path) -> None:
-    with pytest.raises(ManifestError, match="has no pissa_manifest"):
+    with pytest.raises(OutputError, match="has no pissa_manifest"):
         verify(source)
-    with pytest.raises(ManifestError):
+    with pytest.raises(OutputError):
         verify(tmp_path / "nowhere")
     assert "has no pissa_manifest.json" in run_cli(capfd, "verify", source).error
 
@@ -299,10 +299,8 @@ def test_manifest_that_points_out_of_the_folder(output: Path, name: str) -> None
     (output.parent / "outside").write_bytes(b"")
     digest = {"size": 0, "sha256": hashlib.sha256(b"").hexdigest()}
     edit_manifest(output, lambda table: table["files"].update({name: digest}))
-    try:
-        assert any("points out of the folder" in problem for problem in problems(output))
-    except ManifestError:
-        assert name in ("/etc/passwd", "")
+    with pytest.raises(ManifestError, match=r"points out of the folder|files has the key"):
+        verify(output)
 
 
 def nodes(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
@@ -330,7 +328,7 @@ def test_strange_manifest_is_refused_or_found_or_harmless_but_never_a_crash(sour
             del node[path[-1]]
         else:
             node[path[-1]] = value
-        (output / MANIFEST).write_text(json.dumps(strange))
+        write_record(output / MANIFEST, strange)
         for given in (None, source):
             try:
                 verify(output, given, sample=-1)

@@ -22,15 +22,16 @@ from pissa_hub.adapter.peft_files import ADAPTER_FILES, CONVERSION_NAME, Adapter
 from pissa_hub.adapter.record import load_conversion
 from pissa_hub.adapter.workers import Worker, in_order, team_of
 from pissa_hub.checkpoint.files import Files, Pin
+from pissa_hub.checkpoint.index import INDEX_NAME
 from pissa_hub.checkpoint.reader import sha256_file
 from pissa_hub.checkpoint.source import Checkpoint
-from pissa_hub.checkpoint.writer import FileDigest, copy_file_atomic, write_file_atomic
+from pissa_hub.checkpoint.writer import FileDigest, copy_file_atomic, make_folder, write_file_atomic
 from pissa_hub.errors import AdapterError, OutputError, PlanError, VerificationError
 from pissa_hub.hub.card import merged_card
 from pissa_hub.hub.pull import pull_checkpoint, pull_folder
-from pissa_hub.manifest import MANIFEST_NAME, SourceRecord
+from pissa_hub.manifest import MANIFEST_NAME, SourceRecord, file_digests
 from pissa_hub.model.modules import resolve_layout
-from pissa_hub.pipeline.device import pick_device, worker_count
+from pissa_hub.pipeline.device import pick_devices, worker_count
 from pissa_hub.pipeline.job import carry_out, check_whole
 from pissa_hub.pipeline.receipts import Receipt, WorkFolder, pinned_commits
 from pissa_hub.pipeline.settings import ADAPTER_DTYPES, SOURCE_DTYPE
@@ -62,6 +63,7 @@ def merge(
     dtype: str = SOURCE_DTYPE,
     trust_init: bool = False,
     device: str = "auto",
+    devices: str | None = None,
     keep_source: bool = True,
     progress: Progress | None = None,
 ) -> Merged:
@@ -75,7 +77,7 @@ def merge(
         output: folder to write; absent, empty, or of the same merge.
         dtype: of the result: ``source`` (each tensor's in the original), float32, bfloat16 or float16.
         trust_init: skip the check that the adapter descends from the residual's ``pissa_init`` by its content.
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ...
+        device, devices: see :func:`pissa_hub.decompose`.
         keep_source: see :func:`pissa_hub.decompose`.
         progress: told how far it is.
 
@@ -84,20 +86,22 @@ def merge(
     """
     if dtype not in (SOURCE_DTYPE, *ADAPTER_DTYPES):
         raise PlanError(f"dtype {dtype!r} cannot be used", f"use {SOURCE_DTYPE}, {', '.join(ADAPTER_DTYPES)}")
-    where, progress = pick_device(device), progress or Silent()
+    where, progress = pick_devices(device, devices), progress or Silent()
     pins = pinned_commits(Path(output))
     pulled = pull_folder(adapter, {*ADAPTER_FILES, CONVERSION_NAME}, pins=pins)
     trained, checkpoint = open_adapter(pulled.folder), pull_checkpoint(residual, pins=pins, keep=keep_source)
     parent = _residual(checkpoint, trained) if checkpoint.files.has(MANIFEST_NAME) else _original(trained)
     _require_shards(checkpoint, parent)
+    _require_intact(checkpoint, parent)
     shapes = {entry.name: entry.shape for _, entry in checkpoint.tensors()}
     plan = plan_merge(checkpoint, resolve_layout(checkpoint.config, shapes), trained, dtype, parent.source_dtypes)
     if parent.initial is not None:
         pairs = pair_up(trained, parent.initial)
         if not trust_init and not (Path(output) / MERGE_NAME).exists():
-            _require_descent(trained, parent.initial, pairs, where, progress)
+            _require_descent(trained, parent.initial, pairs, where[0], progress)
     digests = {name: FileDigest(*sha256_file(trained.folder / name)) for name in ADAPTER_FILES}
-    done = carry_out(_Merging(plan, trained, pulled.pin, parent, dtype, where, digests), Path(output), progress)
+    job = _Merging(plan, trained, pulled.pin, parent, dtype, where[0], digests)
+    done = carry_out(job, Path(output), progress, devices=where)
     return Merged(done.result, done.was_finished, done.carried_over)
 
 
@@ -108,14 +112,14 @@ class _Parent:
     Attributes:
         source: the original model.
         record: name of the file that says so.
-        shards: digests of the base's own shards; empty if nothing is known of them.
+        files: digests of the base's own shards and other files; empty if nothing is known of them.
         source_dtypes: tensor -> safetensors dtype in the original, of those that were decomposed.
         initial: the adapter that belongs to a residual base; None for an original.
     """
 
     source: SourceRecord
     record: str
-    shards: Mapping[str, FileDigest]
+    files: Mapping[str, FileDigest]
     source_dtypes: Mapping[str, str]
     initial: Initial | None
 
@@ -134,9 +138,8 @@ def _residual(checkpoint: Checkpoint, trained: Adapter) -> _Parent:
             f"{trained.folder} is converted: it belongs to the original, and {checkpoint.place} is a residual base",
             "give the original checkpoint, or the adapter as it was trained",
         )
-    shards = {shard.name: manifest.files[shard.name] for shard in checkpoint.shards if shard.name in manifest.files}
     dtypes = {weight.tensor: weight.source_dtype for weight in manifest.weights}
-    return _Parent(manifest.source, MANIFEST_NAME, shards, dtypes, initial)
+    return _Parent(manifest.source, MANIFEST_NAME, manifest.files, dtypes, initial)
 
 
 def _original(trained: Adapter) -> _Parent:
@@ -145,23 +148,31 @@ def _original(trained: Adapter) -> _Parent:
             f"the base has no {MANIFEST_NAME}, and {trained.folder} is no adapter that convert wrote for an original",
             "give the folder that decompose wrote and the adapter was trained on",
         )
-    base = load_conversion(trained.folder).base
-    try:
-        digests = {str(name): FileDigest(**digest) for name, digest in base["files"].items()}
-        source = SourceRecord(base["repo_id"], base["revision"], base["license"], digests)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise AdapterError(f"{trained.folder / CONVERSION_NAME} is malformed ({error})", "convert it again") from None
+    record = load_conversion(trained.folder)
+    base, digests = record.base, file_digests(record.base["files"])
+    for name in ADAPTER_FILES:
+        if record.files.get(name) != FileDigest(*sha256_file(trained.folder / name)):
+            raise AdapterError(f"{trained.folder / name} is not what {CONVERSION_NAME} names", "convert it again")
+    source = SourceRecord(base["repo_id"], base["revision"], base["license"], digests)
     return _Parent(source, CONVERSION_NAME, digests, {}, None)
 
 
 def _require_shards(checkpoint: Checkpoint, parent: _Parent) -> None:
     """By names and sizes, before any work; what they hold is hashed on the way."""
-    if not parent.shards and parent.initial is None:
+    if not parent.files and parent.initial is None:
         return
     for shard in checkpoint.shards:
-        known = parent.shards.get(shard.name)
+        known = parent.files.get(shard.name)
         if known is None or known.size != shard.header.file_size:
             raise parent.another(checkpoint.place / shard.name)
+
+
+def _require_intact(checkpoint: Checkpoint, parent: _Parent) -> None:
+    """Raises VerificationError if a small file that is carried over is not as the record says."""
+    for name in {*checkpoint.other_files, INDEX_NAME} & parent.files.keys():
+        path = checkpoint.files.find(name)
+        if path is not None and FileDigest(*sha256_file(path)) != parent.files[name]:
+            raise parent.another(checkpoint.place / name)
 
 
 def _require_descent(
@@ -225,15 +236,18 @@ class _Merging:
         shards = [shard.source.name for shard in self.shards]
         return {*shards, *self.plan.generated, *self.plan.checkpoint.other_files, CARD_NAME}
 
-    def worker(self) -> Merger:
-        return Merger(self.adapter, self.device)
+    def worker(self, device: torch.device) -> Merger:
+        return Merger(self.adapter, device)
 
     def disk_bytes(self, held: frozenset[str]) -> int:
         carried = sum(self.source.size(name) for name in self.plan.checkpoint.other_files)
         return carried + sum(shard.output.file_size for shard in self.shards if shard.source.name not in held)
 
+    def load(self, output: Path) -> MergeRecord:
+        return load_merge(output)
+
     def recognise(self, output: Path) -> MergeRecord:
-        record = load_merge(output)
+        record = self.load(output)
         if (record.settings, record.adapter) != (self.settings, self.adapter_files):
             raise OutputError(f"{output} holds another merge", "choose another folder or remove it")
         check_whole(output, record.files)
@@ -244,7 +258,7 @@ class _Merging:
         return record
 
     def accept(self, receipt: Receipt) -> None:
-        if self.parent.shards and self.parent.shards.get(receipt.shard) != receipt.source:
+        if self.parent.files and self.parent.files.get(receipt.shard) != receipt.source:
             raise self.parent.another(self.source.place / receipt.shard)
 
     def finish(self, receipts: Sequence[Receipt], output: Path, work: WorkFolder) -> MergeRecord:
@@ -253,7 +267,7 @@ class _Merging:
             files[name] = write_file_atomic(output / name, data)
         for name in self.plan.checkpoint.other_files:
             if name not in files:
-                (output / name).parent.mkdir(parents=True, exist_ok=True)
+                make_folder((output / name).parent)
                 files[name] = copy_file_atomic(self.source.path(name), output / name)
         source = self.parent.source
         files[CARD_NAME] = write_file_atomic(output / CARD_NAME, merged_card(source).encode())

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pissa_hub.adapter.config import to_json
-from pissa_hub.checkpoint.strict_json import parse_object
 from pissa_hub.checkpoint.writer import FileDigest
 from pissa_hub.errors import OutputError
+from pissa_hub.manifest import file_digests
+from pissa_hub.seal import SEAL, read_sealed, sealed
 
 MERGE_NAME = "pissa_merge.json"
 FORMAT = "pissa-hub-merge"
@@ -41,17 +41,22 @@ class MergeRecord:
     files: Mapping[str, FileDigest]
 
     def to_bytes(self) -> bytes:
-        return to_json({"format": FORMAT, "version": VERSION, **asdict(self)})
+        return sealed({"format": FORMAT, "version": VERSION, **asdict(self)})
 
 
 def load_merge(folder: Path) -> MergeRecord:
     """Read the record of a merged checkpoint. Raises OutputError if it is not one of this version."""
-    path = folder / MERGE_NAME
+    path, again = folder / MERGE_NAME, "merge again, into another folder"
     try:
-        table = parse_object(path.read_bytes())
+        table = read_sealed(path)
+        del table[SEAL]
         if (table.pop("format"), table.pop("version")) != (FORMAT, VERSION):
-            raise ValueError("it is of another version")
-        digests = {key: {name: FileDigest(**digest) for name, digest in table[key].items()} for key in _DIGESTS}
-        return MergeRecord(**{**table, **digests, "notes": tuple(table["notes"])})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise OutputError(f"{path} cannot be used ({error})", "choose another folder") from None
+            raise ValueError("is of another version")
+        if not all(isinstance(table["base"][key], str | None) for key in ("repo_id", "revision", "license")):
+            raise ValueError("has a base that is none")
+        digests = {key: file_digests(table[key]) for key in _DIGESTS}
+        return MergeRecord(**{**table, **digests, "notes": tuple(map(str, table["notes"]))})
+    except ValueError as error:
+        raise OutputError(f"{path} {error}", again) from None
+    except (KeyError, TypeError, AttributeError):
+        raise OutputError(f"{path} lacks fields, or has others than a merge's record", again) from None

@@ -8,15 +8,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pissa_hub.adapter.config import to_json
 from pissa_hub.adapter.peft_files import CONVERSION_NAME
-from pissa_hub.checkpoint.strict_json import parse_object
 from pissa_hub.checkpoint.writer import FileDigest
 from pissa_hub.errors import AdapterError
+from pissa_hub.manifest import file_digest, file_digests
+from pissa_hub.seal import read_sealed, sealed
 
 FORMAT = "pissa-hub-conversion"
 VERSION = 1
-_MAX_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class ConversionRecord:
         return max(module.error for module in self.modules)
 
     def to_bytes(self) -> bytes:
-        return to_json({"format": FORMAT, "version": VERSION, **asdict(self)})
+        return sealed({"format": FORMAT, "version": VERSION, **asdict(self)})
 
 
 def load_conversion(folder: Path) -> ConversionRecord:
@@ -78,25 +77,26 @@ def load_conversion(folder: Path) -> ConversionRecord:
     path = folder / CONVERSION_NAME
     again = "convert the adapter again"
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise AdapterError(f"{path} is larger than {_MAX_BYTES} bytes", again)
-        table = parse_object(path.read_bytes())
+        table = read_sealed(path)
         if (table.pop("format"), table.pop("version")) != (FORMAT, VERSION):
             raise AdapterError(f"{path} is of another version", "use a newer pissa_hub")
-        if not all(isinstance(table["base"][key], str | None) for key in ("repo_id", "revision", "license")):
+        names = [table["base"][key] for key in ("repo_id", "revision", "license")]
+        deviation = table["base"]["deviation"]
+        if not all(isinstance(name, str | None) for name in names) or not (deviation is None or _is_figure(deviation)):
             raise ValueError("has a base that is none")
+        if not all(isinstance(table["settings"][key], str) for key in ("dtype", "for")):
+            raise ValueError("has settings that are none")
+        file_digests(table["base"]["files"])
         return ConversionRecord(
             tool=dict(table["tool"]),
             settings=dict(table["settings"]),
-            adapter=_digests(table["adapter"]),
-            init=_digest(table["init"]),
+            adapter=file_digests(table["adapter"]),
+            init=file_digest(table["init"]),
             base=dict(table["base"]),
             modules=_modules(table["modules"]),
             notes=tuple(map(str, table["notes"])),
-            files=_digests(table["files"]),
+            files=file_digests(table["files"]),
         )
-    except OSError as error:
-        raise AdapterError(f"{path} cannot be read: {error.strerror}", again) from None
     except ValueError as error:
         raise AdapterError(f"{path} {error}", again) from None
     except (KeyError, TypeError, AttributeError):
@@ -112,7 +112,7 @@ def _modules(tables: Any) -> tuple[ModuleRecord, ...]:
             not isinstance(module.module, str)
             or len(module.shape) != 2
             or any(type(size) is not int or size < 0 for size in sizes)
-            or any(type(figure) not in (int, float) or not 0 <= figure < math.inf for figure in figures)
+            or not all(map(_is_figure, figures))
         ):
             raise ValueError("has figures of a module that are none")
     if not modules:
@@ -120,12 +120,5 @@ def _modules(tables: Any) -> tuple[ModuleRecord, ...]:
     return modules
 
 
-def _digests(table: Mapping[str, Any]) -> dict[str, FileDigest]:
-    return {name: _digest(digest) for name, digest in table.items()}
-
-
-def _digest(table: Mapping[str, Any]) -> FileDigest:
-    digest = FileDigest(**table)
-    if type(digest.size) is not int or not isinstance(digest.sha256, str):
-        raise ValueError("has digests that are none")
-    return digest
+def _is_figure(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf

@@ -90,15 +90,15 @@ def publish(
     if create_pr and revision != DEFAULT_BRANCH:
         raise PlanError(f"a pull request goes to {DEFAULT_BRANCH}, not to {revision}", "leave out --revision")
     release = open_release(folder)
-    if adapter_only and release.kind != "decomposed":
-        raise PlanError(f"{folder} is {release.kind}, and has no initial adapter", "leave out --adapter-only")
+    if adapter_only and release.kind != "decomposition":
+        raise PlanError(f"{folder} is a {release.kind}, and has no initial adapter", "leave out --adapter-only")
     remote = Remote(repo_id, revision, create_pr=create_pr)
     target = open_target(remote, release.base, release.metadata, private)
     check_release(release, progress)
     make_contents = initial_adapter_contents if adapter_only else full_contents
     contents = make_contents(release, remote.repo_id, target.branch, target.metadata)
     notes = list(target.notes)
-    if release.kind == "decomposed" and not adapter_only and PLOT_NAME not in contents:
+    if release.kind == "decomposition" and not adapter_only and PLOT_NAME not in contents:
         notes.append("no plot of the spectra without matplotlib: `pip install 'pissa_hub[plot]'`")
     changed, obsolete = target.changed(contents), target.obsolete(contents)
     info = None
@@ -122,7 +122,7 @@ def commit_message(release: Release, *, adapter_only: bool = False) -> str:
     return f"{what}, by pissa_hub {__version__}"
 
 
-_WHAT = {"decomposed": "PiSSA residual base and adapter", "merged": "Merged model", "converted": "LoRA adapter"}
+_WHAT = {"decomposition": "PiSSA residual base and adapter", "merge": "Merged model", "conversion": "LoRA adapter"}
 
 
 def _send(target: Target, changed: Mapping[str, Content], obsolete: list[str], message: str, progress: Progress) -> Any:

@@ -19,9 +19,10 @@ from pissa_hub import __version__
 from pissa_hub.checkpoint.strict_json import parse_object
 from pissa_hub.checkpoint.writer import FileDigest
 from pissa_hub.errors import HubError, PissaHubError, VerificationError
+from pissa_hub.finished import RECORD_NAMES
 from pissa_hub.hub.card_data import Metadata, carried_metadata
 from pissa_hub.hub.publish_errors import LOG_IN, upload_faults
-from pissa_hub.hub.publish_release import RECORD_NAMES, Base, Content
+from pissa_hub.hub.publish_release import Base, Content
 from pissa_hub.progress import Progress
 
 DEFAULT_BRANCH = "main"

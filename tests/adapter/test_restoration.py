@@ -25,7 +25,7 @@ from pissa_hub.errors import (
 )
 
 from ..conftest import SHARDED, Factory
-from ..helpers import ADAPTER, ADAPTER_CONFIG, MANIFEST, files_of, manifest_of
+from ..helpers import ADAPTER, ADAPTER_CONFIG, MANIFEST, files_of, manifest_of, write_record
 from .test_restore import adapter_only
 
 Edit = Callable[[dict[str, Any]], object]
@@ -82,7 +82,7 @@ def change(folder: Path, tensor: str, edit: Callable[[torch.Tensor], torch.Tenso
 def edit_manifest(init: Path, edit: Edit) -> None:
     table = manifest_of(init)
     edit(table)
-    (init / MANIFEST).write_text(json.dumps(table))
+    write_record(init / MANIFEST, table)
 
 
 LAST = "model.norm.weight"
@@ -182,7 +182,7 @@ def test_no_manifest(original: Path, init: Path, output: Path) -> None:
 
 def test_malformed_manifest(original: Path, init: Path, output: Path) -> None:
     (init / MANIFEST).write_text("{")
-    assert "is malformed" in refusal(ManifestError, original, init, output)
+    assert "was changed or damaged" in refusal(ManifestError, original, init, output)
 
 
 @pytest.mark.parametrize(
