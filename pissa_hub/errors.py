@@ -3,6 +3,11 @@
 The command line prints the message and exits with ``exit_code``; library users catch :class:`PissaHubError`.
 """
 
+import re
+
+_MAX_CHARS = 1000
+_LONG_WORD = re.compile(r"(\S{200})\S{100,}(\S{100})")
+
 
 class PissaHubError(Exception):
     """Base of every error that pissa_hub raises on purpose.
@@ -15,6 +20,7 @@ class PissaHubError(Exception):
     exit_code = 1
 
     def __init__(self, fact: str, remedy: str) -> None:
+        fact, remedy = one_line(fact), one_line(remedy)
         super().__init__(f"{fact}; {remedy}")
         self.fact = fact
         self.remedy = remedy
@@ -26,6 +32,10 @@ class CheckpointError(PissaHubError):
 
 class HeaderError(CheckpointError):
     """A safetensors header is malformed, truncated or inconsistent with its file."""
+
+
+class ReadError(CheckpointError):
+    """A file could not be read to its end or changed meanwhile: no fault of the checkpoint, so what is done stays."""
 
 
 class TargetError(PissaHubError):
@@ -58,3 +68,18 @@ class VerificationError(PissaHubError):
 
 class AdapterError(PissaHubError):
     """An adapter cannot be read, converted or merged, or belongs to another base or initialisation."""
+
+
+class PeerError(PissaHubError):
+    """Another of the processes that share the work died, failed or never came."""
+
+
+class ResourceError(PissaHubError):
+    """The machine has too little memory."""
+
+
+def one_line(text: str) -> str:
+    """One line that a terminal only shows: paths and names may hold anything."""
+    shown = "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+    shown = _LONG_WORD.sub(r"\1…\2", shown)
+    return shown if len(shown) <= _MAX_CHARS else f"{shown[: _MAX_CHARS - 1]}…"

@@ -80,7 +80,7 @@ def _load_base(checkpoint: Checkpoint, options: dict[str, Any]) -> Any:
     import transformers
 
     try:
-        skeleton = build_skeleton(checkpoint.config or {})
+        skeleton = build_skeleton(checkpoint.config or {}, len(list(checkpoint.tensors())))
     except UnknownModelError as error:
         raise PlanError(f"{checkpoint.place} cannot be loaded: {error}", "load the model and give that") from None
     checkpoint.files.find(_GENERATION_CONFIG)

@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pissa_hub.checkpoint.opening import read_bounded
 from pissa_hub.checkpoint.strict_json import shown
 from pissa_hub.errors import PlanError
 from pissa_hub.licenses import has_prefix, terms_of
+from pissa_hub.regexes import require_harmless
 
-MAX_BYTES = 64 << 10
+MAX_BYTES = 16 << 10
 MISSING = {
     "fp8-blocks": "reading weights stored as FP8 blocks with scales",
     "safetensors": "a copy in safetensors, since the repository holds pickles only",
@@ -26,6 +28,7 @@ MISSING = {
 
 _REMEDY = "correct the recipe"
 _SUFFIX = ".toml"
+_REGEX = "re:"
 _MAX_RANK = 1 << 16
 _NAME = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
 _HUB_ID = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.ASCII)
@@ -183,13 +186,11 @@ def _unknown(name: str) -> PlanError:
 
 def _read(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
+        return read_bounded(path, MAX_BYTES)
     except OSError as error:
         raise PlanError(f"{path} cannot be read: {error.strerror}", "check the path of the recipe") from error
-    if len(data) > MAX_BYTES:
-        raise PlanError(f"{path} is larger than {MAX_BYTES} bytes", "check that it is a recipe")
-    return data
+    except ValueError as error:
+        raise PlanError(f"{path} {error}", "check that it is a recipe") from None
 
 
 def _toml(path: Path, data: bytes) -> dict[str, Any]:
@@ -256,7 +257,22 @@ def _is_count(limit: int) -> Callable[[Any], bool]:
 
 
 def _is_pattern(value: Any) -> bool:
-    return isinstance(value, dict) and all(_is_line(key) and _is_count(_MAX_RANK)(rank) for key, rank in value.items())
+    return isinstance(value, dict) and all(
+        _is_line(key) and _is_harmless(key) and _is_count(_MAX_RANK)(rank) for key, rank in value.items()
+    )
+
+
+def _is_choice(value: Any) -> bool:
+    """As of ``decompose --targets``."""
+    return _is_line(value) and (not value.startswith(_REGEX) or _is_harmless(value.removeprefix(_REGEX)))
+
+
+def _is_harmless(pattern: str) -> bool:
+    try:
+        require_harmless(pattern)
+    except ValueError:
+        return False
+    return True
 
 
 _KEYS = {
@@ -268,9 +284,9 @@ _KEYS = {
     "gated": _Key("true or false", lambda value: isinstance(value, bool)),
     "ranks": _Key("a list of different ranks", _is_list(_is_count(_MAX_RANK)), True),
     "alpha": _Key("a positive number", lambda value: type(value) in (int, float) and 0 < value < float("inf")),
-    "targets": _Key("targets as of decompose --targets", lambda value: _is_line(value) and bool(value)),
-    "exclude": _Key("names or re:REGEX as of decompose --exclude", _is_line),
-    "rank_pattern": _Key("a table of ranks by regex", _is_pattern),
+    "targets": _Key("targets as of decompose --targets", lambda value: _is_choice(value) and bool(value)),
+    "exclude": _Key("names or re:REGEX as of decompose --exclude", _is_choice),
+    "rank_pattern": _Key("a table of ranks by simple regexes", _is_pattern),
     "repository": _Key("a repository's name with {rank} in it and without its owner", _matches(_REPOSITORY), True),
     "needs": _Key(f"one of {', '.join(MISSING)}", lambda value: isinstance(value, str) and value in MISSING),
     "notes": _Key("a list of different sentences", _is_list(lambda value: _is_line(value) and bool(value))),

@@ -203,10 +203,10 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
     big, binary, nested = tmp_path / "big.toml", tmp_path / "binary.toml", tmp_path / "nested.toml"
     big.write_bytes(text_of() + b"#" * MAX_BYTES)
     binary.write_bytes(b"model = '\xff'")
-    nested.write_bytes(b"a = " + b"[" * 20_000)
+    nested.write_bytes(b"a = " + b"[" * 15_000)
     capital = tmp_path / "Own Recipe.toml"
     capital.write_bytes(text_of())
-    assert "larger than 65536 bytes" in error_of(big)
+    assert "larger than 16384 bytes" in error_of(big)
     assert "is not UTF-8 (byte 9)" in error_of(binary)
     assert "is not valid TOML" in error_of(nested)
     assert "is no name for a recipe" in error_of(capital)

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import json
 import math
-import re
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pissa_hub.checkpoint.strict_json import parse_object, shown
+from pissa_hub.checkpoint.opening import read_bounded
+from pissa_hub.checkpoint.strict_json import parse_object
 from pissa_hub.errors import AdapterError
+from pissa_hub.regexes import PathPatterns
 
 CONFIG_NAME = "adapter_config.json"
-_MAX_BYTES = 16 << 20
+MAX_BYTES = 16 << 20
+MAX_VALUES = 500_000
+# Each is compared with every module.
+MAX_TARGET_PARAMETERS = 1000
 _SAVE_AGAIN = "save the adapter again with PEFT's save_pretrained"
 # Of ranks and alphas; what lies beyond is no one's, and would overflow.
 _LARGEST = 2**31
-# Keys of patterns are regexes out of a file: a repeated group, or many repetitions or choices, may match for ever.
-_REPEATED_GROUP = re.compile(r"\)[*+{]")
-_MOST_REPETITIONS = 4
-_MOST_CHOICES = 8
 
 # Variants of LoRA whose forward pass is not W x + s B A x; any value but a false one means that it is in use.
 _NOT_LORA = {
@@ -92,12 +92,26 @@ class LoraConfig:
 
     def rank_of(self, module: str) -> int:
         """r of a module by its path."""
-        return int(_matching(self.rank_pattern, module, self.rank))
+        return int(self._ranks.find(module, self.rank))
 
     def scaling_of(self, module: str) -> float:
         """s of a module by its path: what PEFT multiplies B A by."""
-        rank, alpha = self.rank_of(module), _matching(self.alpha_pattern, module, self.alpha)
+        rank, alpha = self.rank_of(module), self._alphas.find(module, self.alpha)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def require_affordable(self, modules: Iterable[str]) -> None:
+        """Raise ValueError if a pattern is no regex, or all may take too long to match with these paths."""
+        modules = list(modules)
+        self._ranks.require_affordable(modules)
+        self._alphas.require_affordable(modules)
+
+    @cached_property
+    def _ranks(self) -> PathPatterns:
+        return PathPatterns(self.rank_pattern, "rank_pattern")
+
+    @cached_property
+    def _alphas(self) -> PathPatterns:
+        return PathPatterns(self.alpha_pattern, "alpha_pattern")
 
     @property
     def initialisation(self) -> str | None:
@@ -119,9 +133,7 @@ def read_config(folder: Path) -> LoraConfig:
     """
     path = folder / CONFIG_NAME
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise AdapterError(f"{path} is larger than {_MAX_BYTES} bytes", _SAVE_AGAIN)
-        table = parse_object(path.read_bytes())
+        table = parse_object(read_bounded(path, MAX_BYTES), MAX_VALUES)
     except OSError as error:
         raise AdapterError(f"{path} cannot be read: {error.strerror}", "check the folder and its permissions") from None
     except ValueError as error:
@@ -134,9 +146,9 @@ def read_config(folder: Path) -> LoraConfig:
         raise AdapterError(f"{path} has fields that no LoRA has ({error})", _SAVE_AGAIN) from None
 
 
-def to_json(table: Mapping[str, Any]) -> bytes:
-    """A config or record as the bytes of its file."""
-    return (json.dumps(table, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+def to_json(table: Mapping[str, Any], *, allow_nan: bool = False) -> bytes:
+    """A config or record as the bytes of its file; config.json of published models holds Infinity."""
+    return (json.dumps(table, indent=2, ensure_ascii=False, allow_nan=allow_nan) + "\n").encode()
 
 
 def _parsed(table: Mapping[str, Any]) -> LoraConfig:
@@ -145,10 +157,9 @@ def _parsed(table: Mapping[str, Any]) -> LoraConfig:
         if value is not None and not is_valid(value):
             raise ValueError(f"{name} is {_shortly(value)}")
     patterns = {name: table.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
-    for name, pattern in patterns.items():
-        for key in pattern:
-            _require_harmless(key, name)
-    return LoraConfig(
+    if len(table.get("target_parameters") or ()) > MAX_TARGET_PARAMETERS:
+        raise ValueError(f"target_parameters has more than {MAX_TARGET_PARAMETERS} names")
+    config = LoraConfig(
         rank=_rank(table["r"], "r"),
         alpha=_alpha(table["lora_alpha"], "lora_alpha"),
         use_rslora=bool(table.get("use_rslora")),
@@ -157,27 +168,8 @@ def _parsed(table: Mapping[str, Any]) -> LoraConfig:
         variants=tuple(name for key, name in _NOT_LORA.items() if table.get(key)),
         table=table,
     )
-
-
-def _matching(pattern: Mapping[str, float], module: str, default: float) -> float:
-    return next((value for key, value in pattern.items() if re.match(_anchored(key), module)), default)
-
-
-def _anchored(key: str) -> str:
-    return rf"(.*\.)?({key})$"
-
-
-def _require_harmless(key: str, name: str) -> None:
-    """Raise ValueError for a key that is no regex, or one that may take for ever."""
-    repetitions, choices = (len(re.findall(kind, key)) for kind in (r"[*+{]", r"[?(]"))
-    if _REPEATED_GROUP.search(key) or repetitions > _MOST_REPETITIONS or choices > _MOST_CHOICES:
-        raise ValueError(f"the key {shown(key)} of {name} may take for ever to match")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            re.compile(_anchored(key))
-    except (re.error, OverflowError, RecursionError, Warning) as error:
-        raise ValueError(f"the key {shown(key)} of {name} is no regex: {error}") from None
+    config.require_affordable(())
+    return config
 
 
 def _rank(value: Any, name: str) -> int:

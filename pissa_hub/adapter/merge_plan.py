@@ -10,7 +10,7 @@ from pissa_hub.adapter.config import to_json
 from pissa_hub.adapter.merge_places import MergedTensor, find_places
 from pissa_hub.adapter.peft_files import Adapter
 from pissa_hub.checkpoint.encoding import is_plain
-from pissa_hub.checkpoint.header import Header, TensorSpec, build_header, canonical
+from pissa_hub.checkpoint.header import Header, TensorEntry, TensorSpec, build_header, canonical
 from pissa_hub.checkpoint.index import INDEX_NAME
 from pissa_hub.checkpoint.source import Checkpoint, Shard
 from pissa_hub.model.modules import ModelLayout
@@ -40,6 +40,12 @@ class MergedWeight:
         return max(self.stored.nbytes, sum(tensor.spec.nbytes for tensor in self.tensors))
 
     @property
+    def replaced_by(self) -> list[str]:
+        return [tensor.spec.name for tensor in self.tensors]
+
+    factors = ()
+
+    @property
     def added(self) -> list[str]:
         """Names of tensors that the base does not have."""
         return [tensor.spec.name for tensor in self.tensors if tensor.spec.name != self.name]
@@ -58,6 +64,14 @@ class MergedShard:
     output: Header
     weights: Mapping[str, MergedWeight]
     adapter: None = None
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def entries(self) -> Sequence[TensorEntry]:
+        return self.source.header.entries
 
 
 @dataclass(frozen=True)
@@ -149,7 +163,9 @@ def _config(checkpoint: Checkpoint, weights: Mapping[str, MergedWeight], *, is_u
         changes["tie_word_embeddings"] = False
         if isinstance(config.get("text_config"), dict):
             changes["text_config"] = {**config["text_config"], "tie_word_embeddings": False}
-    return to_json({**config, **changes}) if changes else checkpoint.files.path("config.json").read_bytes()
+    if not changes:
+        return checkpoint.files.path("config.json").read_bytes()
+    return to_json({**config, **changes}, allow_nan=True)
 
 
 def _index(checkpoint: Checkpoint, shards: Sequence[MergedShard]) -> bytes:

@@ -188,10 +188,14 @@ def _sorted_out(
         for stored in [stored for stored in saved if stored.endswith(".base_layer.bias")]:
             del saved[stored]
             base_weights.append(stored)
-    modules = {
-        name: _module(folder, config, name, sides, is_embedding=name in embeddings)
-        for name in sorted({name for side in sides.values() for name in side})
-    }
+    names = sorted({name for side in sides.values() for name in side})
+    try:
+        config.require_affordable(names)
+    except ValueError as error:
+        raise AdapterError(
+            f"rank_pattern or alpha_pattern in {folder / CONFIG_NAME} {error}", "name modules instead"
+        ) from None
+    modules = {name: _module(folder, config, name, sides, is_embedding=name in embeddings) for name in names}
     return modules, saved, tuple(base_weights)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pissa_hub.adapter.peft_files import Adapter
+from pissa_hub.checkpoint.strict_json import shown
 from pissa_hub.errors import AdapterError
 
 MERGE = "merge it into the residual base and serve that: `pissa-hub merge RESIDUAL ADAPTER -o DIR`"
@@ -103,7 +105,7 @@ def require_servable(server: Server, adapter: Adapter, base: Mapping[str, Any]) 
 
 
 def _unservable(server: Server, adapter: Adapter, base: Mapping[str, Any]) -> Iterator[str]:
-    modules, model_type = adapter.modules.values(), base.get("model_type")
+    modules, model_type = adapter.modules.values(), str(base.get("model_type") or "")
     if adapter.saved:
         kept = next(iter(adapter.saved.values()))
         yield f"takes lora_A and lora_B alone, and this adapter holds {kept} whole"
@@ -120,7 +122,8 @@ def _unservable(server: Server, adapter: Adapter, base: Mapping[str, Any]) -> It
         if server.leaves and leaf not in server.leaves:
             yield f"does not adapt {module.name}"
     if server.model_types and model_type and model_type not in server.model_types:
-        yield f"serves adapters for {' and '.join(sorted(server.model_types))} models, not for {model_type}"
+        served = " and ".join(sorted(server.model_types))
+        yield f"serves adapters for {served} models, not for {shown(model_type)[1:-1]}"
     if server.needs_all_layers:
         for leaf, layer in _missing_layers(adapter, base).items():
             yield f"drops {leaf} from all layers where layer {layer} lacks it"
@@ -147,8 +150,10 @@ def _missing_layers(adapter: Adapter, base: Mapping[str, Any]) -> dict[str, int]
     """Leaf name -> the first layer that lacks it, of those that the base has or up to the last that has any module."""
     layers_of = _layers_of(adapter)
     count = _layer_count(base) or 1 + max((max(layers) for layers in layers_of.values()), default=-1)
-    missing = {leaf: sorted(set(range(count)) - layers) for leaf, layers in layers_of.items()}
-    return {leaf: layers[0] for leaf, layers in missing.items() if layers}
+    first = {
+        leaf: next(layer for layer in itertools.count() if layer not in layers) for leaf, layers in layers_of.items()
+    }
+    return {leaf: layer for leaf, layer in first.items() if layer < count}
 
 
 def _layer_count(base: Mapping[str, Any]) -> int | None:

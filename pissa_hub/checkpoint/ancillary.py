@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path, PurePath, PurePosixPath
 
+from pissa_hub.checkpoint.opening import open_regular, read_bounded
 from pissa_hub.checkpoint.strict_json import shown
 from pissa_hub.errors import CheckpointError
 
@@ -36,10 +37,12 @@ _OTHER_FORMATS = frozenset({"original", "onnx", "openvino", "coreml", "runs", "_
 _INITIAL_ADAPTER = "pissa_init"
 _RECORDS = frozenset({"pissa_manifest.json", "pissa_conversion.json", "pissa_merge.json"})
 # transformers would load the adapter that adapter_config.json describes; its weights are not carried.
-_NOT_CARRIED = _RECORDS | {"README.md", "adapter_config.json"}
-_LICENSE = re.compile(r"^license:[ \t]*[\"']?([\w.+-]+)[\"']?[ \t]*$", re.MULTILINE)
+_NOT_CARRIED = _RECORDS | {"readme.md", "adapter_config.json"}
+_LICENSE = re.compile(r"^license:[ \t]*[\"']?([\w.+-]{1,100})[\"']?[ \t]*$", re.MULTILINE)
 _MAX_README_BYTES = 1 << 20
 MAX_MODULES_BYTES = 1 << 20
+MAX_FILES = 10_000
+MAX_DEPTH = 16
 
 
 def other_files(root: Path) -> tuple[str, ...]:
@@ -51,15 +54,24 @@ def other_files(root: Path) -> tuple[str, ...]:
 
     Raises:
         CheckpointError: such a module has pickle weights only; without them the result would not load. Or a
-            name is not UTF-8, as no JSON file and no other system could name it; or a file may not be read.
+            name is not UTF-8 or not printable, as no JSON file and no other system could name it; or a file may not
+            be read, or is a link to one that does not belong to the checkpoint.
     """
-    found = []
+    found: list[str] = []
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = [name for name in subfolders if not _is_skipped_folder(name)]
         relative = PurePosixPath(Path(folder).relative_to(root).as_posix())
         found += [(relative / name).as_posix() for name in files if Path(folder, name).is_file()]
+        if len(found) > MAX_FILES or (subfolders and len(relative.parts) == MAX_DEPTH):
+            raise CheckpointError(
+                f"{root} holds more than {MAX_FILES} files, or folders more than {MAX_DEPTH} deep",
+                "give a folder with the checkpoint alone",
+            )
     path = root / MODULES_NAME
-    modules = path.read_bytes() if path.is_file() and path.stat().st_size <= MAX_MODULES_BYTES else None
+    try:
+        modules = read_bounded(path, MAX_MODULES_BYTES) if path.is_file() else None
+    except (OSError, ValueError):
+        modules = None
     return tuple(_checked(root, name) for name in carried_over(root, found, modules))
 
 
@@ -72,13 +84,20 @@ def carried_over(place: PurePath, names: Iterable[str], modules: bytes | None) -
         modules: the bytes of ``modules.json``, None where there is none.
 
     Raises:
-        CheckpointError: a module has pickle weights only.
+        CheckpointError: a module has pickle weights only, or two names differ in case alone.
     """
     paths = [PurePosixPath(name) for name in names]
     folders = {folder for folder in _module_folders(modules) if not any(map(_is_skipped_folder, folder.parts))}
     for folder in sorted(folders):
         _refuse_pickled_module(place / folder, [path.name for path in paths if path.parent == folder])
-    return tuple(sorted(path.as_posix() for path in paths if _is_carried(path, folders)))
+    carried = sorted(path.as_posix() for path in paths if _is_carried(path, folders))
+    known: dict[str, str] = {}
+    for name in carried:
+        other = known.setdefault(name.casefold(), name)
+        if other != name:
+            fact = f"{place} holds both {shown(other)} and {shown(name)}, which other systems do not tell apart"
+            raise CheckpointError(fact, "remove one of them")
+    return tuple(carried)
 
 
 def read_readme(root: Path) -> str | None:
@@ -86,7 +105,7 @@ def read_readme(root: Path) -> str | None:
     path = root / "README.md"
     if not path.is_file():
         return None
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return file.read(_MAX_README_BYTES).decode(errors="replace")
 
 
@@ -102,9 +121,20 @@ def _checked(root: Path, name: str) -> str:
         name.encode()
     except UnicodeEncodeError:
         raise CheckpointError(f"{root} holds a file whose name is not UTF-8, {shown(name)}", "rename it") from None
+    if not name.isprintable():
+        raise CheckpointError(f"{root} holds a file whose name is not printable, {shown(name)}", "rename it")
+    if not _belongs(root, (root / name).resolve()):
+        fact = f"{root / name} is a link out of the checkpoint, to a file that would be copied"
+        raise CheckpointError(fact, "put the file itself in its place, or remove the link")
     if not os.access(root / name, os.R_OK):
         raise CheckpointError(f"{root / name} cannot be read: Permission denied", "check its permissions")
     return name
+
+
+def _belongs(root: Path, target: Path) -> bool:
+    """Whether a file is in the checkpoint's folder or in the Hub's cache, where snapshots link to ``blobs``."""
+    blobs = target.parent
+    return target.is_relative_to(root.resolve()) or (blobs.name == "blobs" and blobs.parent.name.startswith("models--"))
 
 
 def _is_carried(path: PurePosixPath, modules: set[PurePosixPath]) -> bool:
@@ -113,7 +143,7 @@ def _is_carried(path: PurePosixPath, modules: set[PurePosixPath]) -> bool:
         any(_is_skipped_folder(folder) for folder in path.parent.parts)
         or _suffix(path.name) in weights
         or _INDEX.fullmatch(path.name)
-        or (len(path.parts) == 1 and path.name in _NOT_CARRIED)
+        or (len(path.parts) == 1 and path.name.casefold() in _NOT_CARRIED)
         or path.name.startswith(".")
     )
 
@@ -133,7 +163,7 @@ def _module_folders(data: bytes | None) -> set[PurePosixPath]:
 
 
 def _is_skipped_folder(name: str) -> bool:
-    return name.startswith((".", "checkpoint-")) or name == _INITIAL_ADAPTER or name in _OTHER_FORMATS
+    return name.startswith((".", "checkpoint-")) or name.casefold() == _INITIAL_ADAPTER or name in _OTHER_FORMATS
 
 
 def _refuse_pickled_module(folder: PurePath, files: list[str]) -> None:

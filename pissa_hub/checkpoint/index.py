@@ -10,8 +10,10 @@ from pissa_hub.checkpoint.strict_json import parse_object, shown
 from pissa_hub.errors import CheckpointError
 
 INDEX_NAME = "model.safetensors.index.json"
+MAX_INDEX_BYTES = 25_000_000
+MAX_INDEX_VALUES = 300_000
 
-_SHARD_NAME = re.compile(r"(?!\.)[^/\\:\x00-\x1f\x7f\ud800-\udfff]{1,200}\.safetensors")
+_SHARD_NAME = re.compile(r"(?!\.)[^/\\:]{1,200}\.safetensors")
 _REMEDY = "download the checkpoint again"
 
 
@@ -26,9 +28,11 @@ def parse_index(path: PurePath, data: bytes) -> dict[str, Any]:
         CheckpointError: it is malformed, or names a file elsewhere.
     """
     try:
-        index = parse_object(data)
+        index = parse_object(data, MAX_INDEX_VALUES)
     except ValueError as error:
         raise CheckpointError(f"{path} {error}", _REMEDY) from None
+    if not isinstance(index.get("metadata", {}), dict):
+        raise CheckpointError(f"{path} has metadata that are no object", _REMEDY)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} has no weight_map", _REMEDY)
@@ -36,7 +40,7 @@ def parse_index(path: PurePath, data: bytes) -> dict[str, Any]:
         if not isinstance(file, str):
             raise CheckpointError(f"{path} maps tensor {shown(name)} to no file name", _REMEDY)
         # The string itself is judged, not what it resolves to: shards in the Hub's cache are links to blobs.
-        if not _SHARD_NAME.fullmatch(file):
+        if not _SHARD_NAME.fullmatch(file) or not file.isprintable():
             fact = f"{path} maps tensor {shown(name)} to {shown(file)}, which is no bare .safetensors file name"
             raise CheckpointError(fact, "do not use this checkpoint: its index may be hostile")
     return index

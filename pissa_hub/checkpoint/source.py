@@ -1,8 +1,7 @@
 """A folder or repository of safetensors files -> an immutable :class:`Checkpoint`, from headers alone."""
 
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
@@ -10,15 +9,21 @@ from typing import Any
 from pissa_hub.checkpoint.ancillary import PICKLE_SUFFIXES, declared_license, read_readme
 from pissa_hub.checkpoint.files import Files, Folder
 from pissa_hub.checkpoint.header import Header, TensorEntry
-from pissa_hub.checkpoint.index import INDEX_NAME, check_index, parse_index
+from pissa_hub.checkpoint.index import INDEX_NAME, MAX_INDEX_BYTES, check_index, parse_index
+from pissa_hub.checkpoint.opening import read_bounded
 from pissa_hub.checkpoint.reader import reading
-from pissa_hub.checkpoint.strict_json import shown
+from pissa_hub.checkpoint.strict_json import parse_lenient_object, shown
 from pissa_hub.errors import CheckpointError
 
 SINGLE_NAME = "model.safetensors"
 _ADAPTER_NAME = "adapter_model.safetensors"
-_MAX_INDEX_BYTES = 100_000_000
-_MAX_CONFIG_BYTES = 16 << 20
+# DeepSeek's take 100 kB; labels of every image class in several languages, 1 MB.
+MAX_CONFIG_BYTES = 16 << 20
+MAX_CONFIG_VALUES = 500_000
+# In all shards. The largest published models have 200,000.
+MAX_TENSORS = 500_000
+# Headers that are read before their tensors are counted.
+_HEADERS_AT_ONCE = 16
 _NUMBERED = re.compile(r".*-\d+-of-0*([1-9]\d*)\.safetensors")
 # Repository and revision.
 HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@(\S+))?")
@@ -115,14 +120,14 @@ def read_files(files: Files, name: str | None = None) -> Checkpoint:
         name: the file that is the whole checkpoint, where one was given.
     """
     _refuse_adapter(files)
-    index_bytes = _bounded_bytes(files, INDEX_NAME, _MAX_INDEX_BYTES)
+    index_bytes = _bounded_bytes(files, INDEX_NAME, MAX_INDEX_BYTES)
     index = None if index_bytes is None else parse_index(files.place / INDEX_NAME, index_bytes)
     if index is None:
         names = [_single_file(files) if name is None else _given_file(files.place / name)]
     else:
         names = _indexed_files(files, name, index["weight_map"])
     shards = tuple(
-        Shard(name, files.folder / name, header) for name, header in zip(names, files.headers(names), strict=True)
+        Shard(name, files.folder / name, header) for name, header in zip(names, _headers(files, names), strict=True)
     )
     _check_unique(files.place, shards)
     if index is not None:
@@ -221,6 +226,15 @@ def _indexed_files(files: Files, given: str | None, weight_map: Mapping[str, str
     return names
 
 
+def _headers(files: Files, names: Sequence[str]) -> list[Header]:
+    headers: list[Header] = []
+    for start in range(0, len(names), _HEADERS_AT_ONCE):
+        headers += files.headers(names[start : start + _HEADERS_AT_ONCE])
+        if sum(len(header.entries) for header in headers) > MAX_TENSORS:
+            raise CheckpointError(f"{files.place} holds more than {MAX_TENSORS} tensors", "check what it is")
+    return headers
+
+
 def _check_unique(place: PurePath, shards: Iterable[Shard]) -> None:
     holder: dict[str, Shard] = {}
     for shard in shards:
@@ -233,23 +247,27 @@ def _check_unique(place: PurePath, shards: Iterable[Shard]) -> None:
 
 def _read_config(files: Files) -> dict[str, Any] | None:
     path = files.place / "config.json"
-    data = _bounded_bytes(files, path.name, _MAX_CONFIG_BYTES)
+    data = _bounded_bytes(files, path.name, MAX_CONFIG_BYTES)
     if data is None:
         return None
     try:
-        # As lenient as transformers: published configs hold Infinity.
-        config = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error})", _FETCH_AGAIN) from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is not a JSON object", _FETCH_AGAIN)
-    return config
+        return parse_lenient_object(data, MAX_CONFIG_VALUES)  # published ones hold Infinity
+    except ValueError as error:
+        raise CheckpointError(f"{path} {error}", _FETCH_AGAIN) from None
 
 
 def _bounded_bytes(files: Files, name: str, limit: int) -> bytes | None:
     """The bytes of a small file, or None if there is none."""
+    path = files.place / name
     if not files.has(name):
+        if (files.folder / name).is_symlink():
+            raise CheckpointError(f"{path} is a link that leads nowhere", _FETCH_AGAIN)
         return None
     if files.size(name) > limit:
-        raise CheckpointError(f"{files.place / name} is larger than {limit} bytes", _FETCH_AGAIN)
-    return files.path(name).read_bytes()
+        raise CheckpointError(f"{path} is larger than {limit} bytes", _FETCH_AGAIN)
+    try:
+        return read_bounded(files.path(name), limit)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}", _FETCH_AGAIN) from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} {error}", _FETCH_AGAIN) from None

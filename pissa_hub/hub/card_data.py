@@ -17,10 +17,21 @@ _FRONT_MATTER = re.compile(r"---\r?\n(.*?)^---", re.DOTALL | re.MULTILINE)
 _MAX_FRONT_MATTER = 1 << 16
 _MAX_TEXT = 1000
 _MAX_ITEMS = 300
-_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*")
+# YAML takes no key of more than 1024 characters.
+_LICENSE_KEY = re.compile(r"license[A-Za-z0-9._/-]{,100}")
+_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{,100}")
 _UNSAFE = re.compile(r"[^\w.*/@:+=, ()-]")
 _HUB_ID = re.compile(r"(?=.{,96}$)[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types here
+    """Without aliases: merged into each other, a few dozen of them fill the memory."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias")
+        return super().compose_node(parent, index)
 
 
 def source_metadata(readme: str | None) -> Metadata:
@@ -33,7 +44,7 @@ def source_metadata(readme: str | None) -> Metadata:
     if found is None or len(found[1]) > _MAX_FRONT_MATTER:
         return {}
     try:
-        table = yaml.safe_load(found[1])
+        table = yaml.load(found[1], _PlainLoader)
     except (yaml.YAMLError, ValueError, RecursionError):
         return {}
     return carried_metadata(table) if isinstance(table, dict) else {}
@@ -41,7 +52,7 @@ def source_metadata(readme: str | None) -> Metadata:
 
 def carried_metadata(table: Mapping[Any, Any]) -> Metadata:
     """What of a card's metadata holds for a model that is made from its model."""
-    names = sorted(key for key in table if isinstance(key, str) and _PLAIN.fullmatch(key) and key.startswith("license"))
+    names = sorted(key for key in table if isinstance(key, str) and _LICENSE_KEY.fullmatch(key))
     values = {key: _text(table.get(key)) for key in dict.fromkeys([*_CARRIED, *names])}
     metadata = {key: value for key, value in values.items() if value and (isinstance(value, str) or key in _LISTS)}
     licence = metadata.get("license", "")

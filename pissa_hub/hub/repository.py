@@ -26,7 +26,7 @@ from pissa_hub.hub.transport import hide_signatures, persistently
 # The headers of most shards fit: one request for each.
 _FIRST_BYTES = 16 << 10
 _AT_ONCE = 4
-_UNSAFE = re.compile(r"[\\:\x00-\x1f]")
+_UNSAFE = re.compile(r"[\\:]")
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,8 @@ def open_repository(repo_id: str, asked: str | None = None, commit: str | None =
         tree = persistently(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=commit)))
         found = [item for item in tree if isinstance(item, RepoFile)]
     for item in found:
-        if PurePosixPath(item.path).is_absolute() or ".." in item.path.split("/") or _UNSAFE.search(item.path):
+        is_safe = item.path.isprintable() and not _UNSAFE.search(item.path)
+        if not is_safe or PurePosixPath(item.path).is_absolute() or ".." in item.path.split("/"):
             raise HubError(f"{repo_id} names the file {shown(item.path)}", "do not use it: it may be hostile")
     files = {item.path: RemoteFile(item.size, item.lfs.sha256 if item.lfs else None) for item in found}
     return Repository(Pin(repo_id, revision, commit), files)

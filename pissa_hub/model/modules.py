@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from pissa_hub.errors import CheckpointError
 from pissa_hub.model.skeleton import UnknownModelError, build_skeleton
 
 Kind = Literal["linear", "conv1d", "embedding", "other"]
@@ -84,18 +85,23 @@ def resolve_layout(config: Mapping[str, Any] | None, tensors: Mapping[str, tuple
 
     Returns:
         the layout. Where transformers has no model for the config, 2-D weights keep their checkpoint names
-        and ``note`` says why. Never raises on account of the config's content.
+        and ``note`` says why.
+
+    Raises:
+        CheckpointError: the config is of a model so much larger that building it would take all memory.
     """
     if config is None:
         return _layout_by_name(tensors, "there is no config.json")
     try:
-        skeleton = build_skeleton(config)
+        skeleton = build_skeleton(config, len(tensors))
         keys = _memory_keys(skeleton.model, tensors)
         modules = _stored_modules(skeleton.model, tensors, keys)
+    except CheckpointError:
+        raise
     except UnknownModelError as error:
         return _layout_by_name(tensors, str(error))
     except Exception as error:  # a hostile or merely unusual config can make transformers raise anything
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join("".join(c if c.isprintable() else " " for c in str(error)[:1000]).split())[:200]
         return _layout_by_name(tensors, f"transformers rejects config.json ({type(error).__name__}: {reason})")
     if not modules:
         return _layout_by_name(tensors, f"no tensor has a place in {skeleton.architecture}")

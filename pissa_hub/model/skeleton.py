@@ -4,7 +4,6 @@ Nothing is downloaded and no code of the checkpoint runs: only classes that tran
 """
 
 import copy
-import gc
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -13,6 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from pissa_hub.checkpoint.strict_json import paused_gc, shown
+from pissa_hub.errors import CheckpointError
 
 # Where several Auto classes load an architecture: the first of these, then any other, and at the very last
 # AutoModelForPreTraining, which repeats much of the others.
@@ -37,7 +40,9 @@ _TASK_TYPES = {
 _IRRELEVANT_KEYS = frozenset(
     {
         "_attn_implementation",
+        "_attn_implementation_internal",
         "_experts_implementation",
+        "_experts_implementation_internal",
         "attn_implementation",
         "auto_map",
         "experts_implementation",
@@ -45,6 +50,16 @@ _IRRELEVANT_KEYS = frozenset(
         "use_pretrained_backbone",
     }
 )
+
+
+# A model without weights is still made of objects. Shared layers, activations and containers have no tensors, and a
+# checkpoint may lack what another part of it repeats.
+MODULES_BESIDE_TENSORS = 2000
+MODULES_PER_TENSOR = 20
+# Of what constructors make lists before there is a module: layers, stages, heads, labels. Not of rows of a table.
+MAX_REPEATS = 100_000
+_REPEATS = re.compile(r"(num|n)_.*|.*(layer|depth|block|stage|head|expert|label|group|repeat|codebook).*")
+_ROWS = re.compile(r".*(position|ctx|vocab|word|embed|param|token).*")
 
 
 class UnknownModelError(LookupError):
@@ -69,17 +84,24 @@ class Skeleton:
     task_type: str | None
 
 
-def build_skeleton(config: Mapping[str, Any]) -> Skeleton:
+def build_skeleton(config: Mapping[str, Any], tensors: int) -> Skeleton:
     """Builds the model that a config.json describes, on the meta device.
 
     The class is the one that an Auto class would load: ``architectures[0]`` where it belongs to the
     ``model_type``, else the ``model_type``'s class with the same kind of head, else its bare model.
 
+    Args:
+        config: the parsed file.
+        tensors: that the checkpoint holds; a model with very many modules more is not its own.
+
     Raises:
         UnknownModelError: transformers ships no class for the config.
+        CheckpointError: it is of another size than the checkpoint, and would take all memory.
         Exception: whatever transformers raises on a config that it rejects.
     """
-    with _paused_gc(), _silent_and_offline():
+    _refuse_excess(config, "config.json")
+    most = MODULES_BESIDE_TENSORS + MODULES_PER_TENSOR * tensors
+    with paused_gc(), _silent_and_offline(), _at_most(most, f"where the checkpoint holds {tensors} tensors"):
         typed = _typed_config(config)
         model_class, auto_class = _model_class(typed, _architecture(config))
         with torch.device("meta"):
@@ -113,7 +135,11 @@ def _typed_config(config: Mapping[str, Any]) -> Any:
     else:
         config_class = None
     if config_class is None:
-        name = f"model_type {model_type!r}" if model_type is not None else "config.json without a known model_type"
+        name = (
+            f"model_type {shown(str(model_type))}"
+            if model_type is not None
+            else "config.json without a known model_type"
+        )
         code = "is remote code, which is never run" if config.get("auto_map") else "is unknown to transformers"
         raise UnknownModelError(f"{name} {code}")
     return config_class.from_dict(_relevant(config))
@@ -157,16 +183,38 @@ def _auto_class(model_type: str, architecture: str) -> str:
     return next((name for name in (*_PREFERRED_AUTO_CLASSES, *others) if loads(name)), architecture)
 
 
+def _refuse_excess(value: Any, name: str) -> None:
+    """Raises CheckpointError for a number that would make a constructor fill the memory before it made a module."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _refuse_excess(item, str(key))
+    elif isinstance(value, list):
+        for item in value:
+            _refuse_excess(item, name)
+    elif isinstance(value, int) and value > MAX_REPEATS and _REPEATS.fullmatch(name) and not _ROWS.fullmatch(name):
+        raise _excess(f"{shown(name)} is {value}")
+
+
 @contextmanager
-def _paused_gc() -> Iterator[None]:
-    """Importing transformers makes many long-lived objects; collecting meanwhile is a third of its time."""
-    enabled = gc.isenabled()
-    gc.disable()
+def _at_most(modules: int, reason: str) -> Iterator[None]:
+    """Stops a constructor, on any thread, that makes more modules than that."""
+    made = 0
+
+    def count(*_: object) -> None:
+        nonlocal made
+        made += 1
+        if made > modules:
+            raise _excess(f"it describes a model of more than {modules} modules, {reason}")
+
+    hook = register_module_module_registration_hook(count)
     try:
         yield
     finally:
-        if enabled:
-            gc.enable()
+        hook.remove()
+
+
+def _excess(fact: str) -> CheckpointError:
+    return CheckpointError(f"config.json is of no model: {fact}", "give the config.json of this very checkpoint")
 
 
 @contextmanager

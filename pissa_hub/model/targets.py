@@ -12,6 +12,7 @@ from pissa_hub.model.modules import ModelLayout, WeightModule
 
 ALL_LINEAR = "all-linear"
 _REGEX = "re:"
+_MAX_SHOWN = 20
 
 _Value = TypeVar("_Value", int, float)
 
@@ -227,7 +228,8 @@ def _suggestion(wanted: str, modules: Iterable[WeightModule]) -> str:
     leaves = sorted({module.name.rpartition(".")[2] for module in modules})
     near = difflib.get_close_matches(wanted.removeprefix(_REGEX).rpartition(".")[2], leaves)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
-    return f"{hint}there are {', '.join(leaves) or 'no Linear or Conv1D weights'}"
+    more = ", ..." if len(leaves) > _MAX_SHOWN else ""
+    return f"{hint}there are {', '.join(leaves[:_MAX_SHOWN]) or 'no Linear or Conv1D weights'}{more}"
 
 
 def patterns(values: Mapping[str, _Value], default: _Value) -> dict[str, _Value]:

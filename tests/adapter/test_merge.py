@@ -273,6 +273,15 @@ def test_a_sharded_result_of_another_dtype_has_its_own_sizes_in_the_index(traine
     assert deviation(outputs_of(loaded(tmp_path / "merged", done)).float(), done.expected) < 3e-2
 
 
+def test_a_config_that_holds_infinity_stays_as_lenient(source: Path, tmp_path: Path) -> None:
+    config = json.loads((source / CONFIG_JSON).read_bytes())
+    (source / CONFIG_JSON).write_text(json.dumps({**config, "time_step_limit": [0.0, float("inf")]}))
+    decompose(source, tmp_path / "residual", rank=4)
+    merge(tmp_path / "residual", tmp_path / "residual" / "pissa_init", tmp_path / "merged", dtype="bfloat16")
+    merged = json.loads((tmp_path / "merged" / CONFIG_JSON).read_bytes())
+    assert merged == {**config, "time_step_limit": [0.0, float("inf")], "dtype": "bfloat16"}
+
+
 @pytest.mark.parametrize("dtype", ["source", "bfloat16"])
 def test_tensors_that_are_no_floats_are_left_alone(source: Path, tmp_path: Path, dtype: str) -> None:
     path = min(source.glob("*.safetensors"))

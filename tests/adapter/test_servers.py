@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pissa_hub import convert
-from pissa_hub.adapter.servers import SERVERS, find_server
+from pissa_hub.adapter.peft_files import open_adapter
+from pissa_hub.adapter.servers import SERVERS, find_server, require_servable
 from pissa_hub.errors import AdapterError
 
 from ..helpers import run_cli
@@ -271,6 +272,27 @@ def test_tgi_where_the_number_of_layers_is_not_known(trained: Training, tmp_path
         else:
             with pytest.raises(AdapterError, match=f"tgi drops .* from all layers where {lacks} lacks it"):
                 convert(done.adapter, folder, tmp_path / "none", server="tgi")
+
+
+@pytest.mark.parametrize("server", ["tgi", "vllm"])
+def test_a_number_of_layers_that_no_memory_holds(trained: Training, tmp_path: Path, server: str) -> None:
+    done = trained(KINDS["plain"])
+    base = {"model_type": "llama", "num_hidden_layers": 10**18}
+    if server == "tgi":
+        with pytest.raises(AdapterError, match="from all layers where layer 2 lacks it"):
+            require_servable(find_server(server), open_adapter(done.adapter), base)
+    else:
+        (note,) = require_servable(find_server(server), open_adapter(done.adapter), base)
+        assert "some layers lack modules" in note
+
+
+@pytest.mark.parametrize("model_type", [{"a": 1}, ["llama"], "\x1b[31m", "x" * 5000, 7])
+def test_a_model_type_that_is_none(trained: Training, model_type: object) -> None:
+    done = trained(KINDS["plain"])
+    with pytest.raises(AdapterError, match="ollama serves adapters for gemma2 and llama models, not for") as caught:
+        require_servable(find_server("ollama"), open_adapter(done.adapter), {"model_type": model_type})
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 500
 
 
 def test_ollamas_models_where_the_model_is_not_known(trained: Training, tmp_path: Path) -> None:

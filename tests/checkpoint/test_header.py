@@ -1,6 +1,7 @@
 """Headers: byte-exact against safetensors, and strict against everything else."""
 
 import json
+import os
 import struct
 import sys
 from contextlib import suppress
@@ -35,7 +36,7 @@ GOLDEN = (
 )
 # safetensors 0.6, the oldest that is supported, lacks these; what every version knows is left to judge by.
 NEWER = {"C64", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
-NAMES = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_size=20)
+NAMES = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=20)
 SPECS = st.lists(
     st.builds(
         TensorSpec,
@@ -183,8 +184,8 @@ def test_claimed_header_length_is_checked_before_use(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(struct.pack("<Q", 2**63) + b"{}")
     assert "a header of 9223372036854775808 bytes is claimed" in refusal(path)
-    path.write_bytes(struct.pack("<Q", 90_000_000) + b"{}")
-    assert "89999998 bytes of its header are missing" in refusal(path)
+    path.write_bytes(struct.pack("<Q", 20_000_000) + b"{}")
+    assert "19999998 bytes of its header are missing" in refusal(path)
 
 
 def test_truncated_and_trailing_data(tmp_path: Path) -> None:
@@ -204,7 +205,7 @@ def test_truncated_and_trailing_data(tmp_path: Path) -> None:
         (b"{", "is not valid JSON"),
         (b"{}{}", "is not valid JSON"),
         (b"{}\0", "is not valid JSON"),
-        (b'{"a":' * 100_000, "is nested too deeply"),
+        (b'{"a":' * 50_000, "is nested too deeply"),
         (b'{"a":NaN}', "holds NaN"),
         (b'{"a":{},"b":{},"a":{}}', "repeats the key 'a'"),
         (b'{"a":{"dtype":"U8","dtype":"I8","shape":[],"data_offsets":[0,1]}}', "repeats the key 'dtype'"),
@@ -212,7 +213,8 @@ def test_truncated_and_trailing_data(tmp_path: Path) -> None:
         (b'{"__metadata__":[]}', "__metadata__ is not an object"),
         (b'{"__metadata__":null}', "__metadata__ is not an object"),
         (b'{"__metadata__":{"k":1}}', "__metadata__ 'k' is not a string"),
-        (b'{"__metadata__":{"k":"\\ud800"}}', "__metadata__ 'k' is not valid Unicode"),
+        (b'{"__metadata__":{"k":"\\ud800"}}', "half of a surrogate pair, which is not valid Unicode"),
+        (b'{"\\udc00":0}', "half of a surrogate pair, which is not valid Unicode"),
     ],
 )
 def test_malformed_json(tmp_path: Path, text: bytes, expected: str) -> None:
@@ -251,7 +253,7 @@ def test_malformed_tensor(tmp_path: Path, fields: object, expected: str) -> None
     assert "'model.weight'" in message
 
 
-@pytest.mark.parametrize("name", ["", "a\0b", "line\nbreak", "\x7f", "\u0085", "\ud800", "x" * 1025])
+@pytest.mark.parametrize("name", ["", "a\0b", "line\nbreak", "\x7f", "\u0085", "\u2028", "\u202e", "x" * 257])
 def test_bad_name(tmp_path: Path, name: str) -> None:
     assert "has a name that is" in refusal(store(tmp_path / "x.safetensors", {name: tensor(0, 1)}, b"0"))
 
@@ -341,5 +343,5 @@ def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     def denied(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", denied)
+    monkeypatch.setattr(os, "open", denied)
     assert "cannot be read: Permission denied" in refusal(path)
