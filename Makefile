@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
+# Test files run side by side; most tests keep one thread busy.
+WORKERS ?= auto --maxprocesses 4
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
@@ -11,7 +13,7 @@ RESULTS := benchmarks/results
 export TMPDIR := $(CURDIR)/.cache/tmp
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint check bench clean
+.PHONY: help demo test test-slow lint check bench fuzz clean
 
 help:
 	@echo "make demo       decompose a real model, train it, convert and merge the result, compare outputs"
@@ -20,13 +22,14 @@ help:
 	@echo "make lint       format, lint and types"
 	@echo "make check      lint and test"
 	@echo "make bench      speed, memory and accuracy beside PEFT's own way; writes $(RESULTS)/"
+	@echo "make fuzz       a million hostile inputs for the parsers; writes $(RESULTS)/fuzz.json"
 	@echo "make clean      remove everything that was generated"
 
 demo: $(STAMP)
 	@$(BIN)/pissa-hub demo
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-slow: $(STAMP)
 	@$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
@@ -44,6 +47,11 @@ bench: $(STAMP)
 	@$(BIN)/python -m benchmarks.breakdown --json $(RESULTS)/breakdown.json
 	@$(BIN)/python -m benchmarks.svd_table --json $(RESULTS)/svd.json
 	@$(BIN)/python -m benchmarks.conversion --json $(RESULTS)/conversion.json
+
+# Where there is no atheris, the extra is empty and the mutator works by itself.
+fuzz: $(STAMP)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) -e '.[fuzz]'
+	@$(BIN)/python -m tests.fuzz --json $(RESULTS)/fuzz.json $(ARGS)
 
 # One pip command, so that the constraints hold for every package it resolves.
 $(STAMP): pyproject.toml $(CONSTRAINTS) | .cache/tmp

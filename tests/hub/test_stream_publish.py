@@ -198,9 +198,13 @@ REFUSED = {
 }
 # Changes on the hub that the client never hears of; the first two make the repository and the branch.
 DONE = {"after a shard counts": 5, "after the last commit": 9, "after the branch is deleted": 10}
+QUICK_KILLS = {"before a shard counts", "after a shard counts", "before the last commit", "after the last commit"}
 
 
-@pytest.mark.parametrize("point", [*REFUSED, *DONE])
+@pytest.mark.parametrize(
+    "point",
+    [pytest.param(kill, marks=[] if kill in QUICK_KILLS else [pytest.mark.slow]) for kill in (*REFUSED, *DONE)],
+)
 def test_killed_client_carries_on(place: Place, reference: Path, monkeypatch: pytest.MonkeyPatch, point: str) -> None:
     running: list[subprocess.Popen[str]] = []
     save, changes = place.hub.repositories.save, 0
@@ -278,10 +282,10 @@ def test_killed_at_any_time(loopback_hub: Hubs, source: Path, tmp_path: Path, st
 
 @pytest.mark.parametrize("stage", ["/upload/", UPLOAD, "/commit/main"])
 def test_killed_server_carries_on(place: Place, reference: Path, no_waiting: None, stage: str) -> None:
-    stopping = threading.Thread(target=place.hub.stop)
+    stopping, first = threading.Thread(target=place.hub.stop), threading.Lock()
 
     def stop() -> None:
-        if not stopping.ident:
+        if first.acquire(blocking=False):
             stopping.start()
         time.sleep(0.3)
 

@@ -35,7 +35,10 @@ class Way:
     outputs: dict[str, Tensor]
 
 
-@pytest.fixture(scope="module", params=UPLOADS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(way, marks=[pytest.mark.slow] if way == "multipart" else []) for way in UPLOADS],
+)
 def way(
     request: pytest.FixtureRequest, tiny_checkpoint: Factory, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Way]:
