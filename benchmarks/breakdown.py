@@ -104,7 +104,7 @@ def main() -> None:
     watch.time(decompose, "finish", "(wall) finish")
     plan = decompose.plan_decomposition(arguments.source, Settings(rank=arguments.rank))
     count = device.worker_count(max(weight.stored.numel for weight in plan.weights), torch.device("cpu"))
-    decompose.run(plan, output, torch.device("cpu"))
+    decompose.run(plan, output, [torch.device("cpu")])
     wall = perf_counter() - STARTED
     shutil.rmtree(output)
     rate = gemm_rate()

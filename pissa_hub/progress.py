@@ -9,6 +9,8 @@ from typing import Protocol
 from huggingface_hub.utils import are_progress_bars_disabled
 from tqdm import tqdm
 
+from pissa_hub.ranks import is_heard
+
 
 class Progress(Protocol):
     """Who is told how far a long job is."""
@@ -22,6 +24,9 @@ class Progress(Protocol):
     def advance(self, nbytes: int) -> None:
         """Bytes that are done."""
 
+    def note(self, text: str) -> None:
+        """Something that whoever waits should know."""
+
 
 class Silent:
     """Progress that nobody watches."""
@@ -32,9 +37,11 @@ class Silent:
 
     def advance(self, nbytes: int) -> None: ...
 
+    def note(self, text: str) -> None: ...
+
 
 class Bar:
-    """A bar of bytes, with the weight in hand; silent where stderr is no terminal or the Hub's bars are off."""
+    """A bar of bytes, with the weight in hand; silent off a terminal, with the Hub's bars off, and but for rank 0."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -44,7 +51,7 @@ class Bar:
             unit_scale=True,
             dynamic_ncols=True,
             file=sys.stderr,
-            disable=are_progress_bars_disabled() or not sys.stderr.isatty(),
+            disable=are_progress_bars_disabled() or not sys.stderr.isatty() or not is_heard(),
             bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {postfix}",
         )
 
@@ -61,6 +68,10 @@ class Bar:
     def advance(self, nbytes: int) -> None:
         with self._lock:
             self._bar.update(nbytes)
+
+    def note(self, text: str) -> None:
+        with self._lock:
+            self._bar.write(f"note: {text}", file=sys.stderr)
 
     def __enter__(self) -> Bar:
         return self

@@ -13,11 +13,11 @@ import torch
 from pissa_hub.adapter.initial import INITIAL_FILES, open_decomposed
 from pissa_hub.adapter.restoration import Restoration, plan_restoration
 from pissa_hub.checkpoint.files import Files, Pin
-from pissa_hub.checkpoint.writer import copy_file_atomic, write_file_atomic
+from pissa_hub.checkpoint.writer import copy_file_atomic, make_folder, write_file_atomic
 from pissa_hub.errors import MatrixError, OutputError
 from pissa_hub.hub.pull import pull_folder, pull_original
-from pissa_hub.manifest import MANIFEST_NAME, Manifest
-from pissa_hub.pipeline.device import pick_device, worker_count
+from pissa_hub.manifest import MANIFEST_NAME, Manifest, load_manifest
+from pissa_hub.pipeline.device import pick_devices, worker_count
 from pissa_hub.pipeline.job import carry_out, check_whole
 from pissa_hub.pipeline.plan import ShardPlan
 from pissa_hub.pipeline.receipts import Receipt, WorkFolder, pinned_commits
@@ -46,6 +46,7 @@ def restore(
     output: str | Path,
     *,
     device: str = "auto",
+    devices: str | None = None,
     keep_source: bool = True,
     progress: Progress | None = None,
 ) -> Restored:
@@ -57,7 +58,7 @@ def restore(
         source: folder of the checkpoint that was decomposed, or ``org/name[@revision]`` on the Hub.
         init: folder with ``pissa_manifest.json`` and ``pissa_init/``, or that ``pissa_init`` itself; or a repository.
         output: folder to write; absent, empty, or of the same restoration.
-        device: ``auto`` (the first GPU, else the CPU), ``cpu``, ``cuda``, ``cuda:1``, ...
+        device, devices: see :func:`pissa_hub.decompose`.
         keep_source: see :func:`pissa_hub.decompose`.
         progress: told how far it is.
 
@@ -72,7 +73,8 @@ def restore(
     initial, manifest = open_decomposed(started_from.folder)
     plan = plan_restoration(pull_original(source, pins=pins, keep=keep_source), initial, manifest)
     try:
-        done = carry_out(_Restoring(plan, started_from.pin, pick_device(device)), Path(output), progress)
+        where = pick_devices(device, devices)
+        done = carry_out(_Restoring(plan, started_from.pin, where[0]), Path(output), progress, devices=where)
     except MatrixError as error:  # not with the weights that were decomposed
         raise plan.not_the_source(error.fact) from None
     return Restored(manifest, done.was_finished, done.carried_over)
@@ -121,11 +123,14 @@ class _Restoring:
     def file_names(self) -> Collection[str]:
         return self.plan.manifest.files
 
-    def worker(self) -> Restorer:
-        return Restorer(self.plan.adapter, self.plan.adapter_header, self.device)
+    def worker(self, device: torch.device) -> Restorer:
+        return Restorer(self.plan.adapter, self.plan.adapter_header, device)
 
     def disk_bytes(self, held: frozenset[str]) -> int:
         return sum(digest.size for name, digest in self.plan.manifest.files.items() if name not in held)
+
+    def load(self, output: Path) -> Manifest:
+        return load_manifest(output)
 
     def recognise(self, output: Path) -> Manifest:
         if (output / MANIFEST_NAME).read_bytes() != (self.plan.root / MANIFEST_NAME).read_bytes():
@@ -142,7 +147,7 @@ class _Restoring:
 
     def finish(self, receipts: Sequence[Receipt], output: Path, work: WorkFolder) -> Manifest:
         for name, content in self.plan.others.items():
-            (output / name).parent.mkdir(parents=True, exist_ok=True)
+            make_folder((output / name).parent)
             if isinstance(content, bytes):
                 digest = write_file_atomic(output / name, content)
             else:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path, PurePath
 from typing import Protocol
 
 from pissa_hub.checkpoint.ancillary import other_files
 from pissa_hub.checkpoint.header import Header, read_header
-from pissa_hub.checkpoint.reader import sha256_file
+from pissa_hub.checkpoint.reader import feed, reading, sha256_file
 from pissa_hub.checkpoint.writer import FileDigest
-from pissa_hub.errors import CheckpointError
+from pissa_hub.errors import CheckpointError, ReadError
 
 _CACHE_FOLDER = re.compile(r"models--(.+)")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_Stamp = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -81,17 +84,23 @@ class Files(Protocol):
     def headers(self, names: Sequence[str]) -> list[Header]:
         """Of safetensors files, without their tensors."""
 
-    def holds(self, name: str, digest: FileDigest) -> bool:
-        """Whether a shard has this content."""
+    def holds(self, name: str, digest: FileDigest, span: range | None = None) -> bool:
+        """Whether a shard, or a span of its bytes, has this content."""
 
     def require_intact(self, name: str, found: FileDigest) -> None:
-        """Raises unless what a supply gave is what it was to give."""
+        """Raises unless what a supply gave, all of it just read, is what it was to give."""
 
     def room(self, names: Sequence[str]) -> int:
         """Most bytes of a supply that are in its work folder at once."""
 
-    def supply(self, names: Sequence[str], work: Path) -> Supply:
-        """Shards in the order of their use; ``work`` is a folder for what is not to stay."""
+    def supply(self, names: Iterable[str], work: Path, coming: Collection[str] = ()) -> Supply:
+        """Shards in the order of their use.
+
+        Args:
+            names: taken one by one, as late as can be.
+            work: folder for what is not to stay.
+            coming: which of them will be the first; of others, nothing is kept that an interrupted run left.
+        """
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,7 @@ class Folder:
     """A checkpoint on this disk; a snapshot in the Hub's cache knows its origin."""
 
     folder: Path
+    _stamps: dict[str, _Stamp] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     pin = None
 
@@ -134,33 +144,56 @@ class Folder:
         return self.folder / name
 
     def headers(self, names: Sequence[str]) -> list[Header]:
+        with reading(self.folder):
+            self._stamps.update((name, _stamp(self.folder / name)) for name in names)
         return [read_header(self.folder / name) for name in names]
 
-    def holds(self, name: str, digest: FileDigest) -> bool:
+    def holds(self, name: str, digest: FileDigest, span: range | None = None) -> bool:
         path = self.folder / name
         try:
+            if span is not None:
+                return digest == _digest_of(path, span)
             return path.stat().st_size == digest.size and FileDigest(*sha256_file(path)) == digest
         except (OSError, CheckpointError):
             return False
 
     def require_intact(self, name: str, found: FileDigest) -> None:
-        """The file is its own standard."""
+        """The file is its own standard, as long as it is the one that was there when the work was planned."""
+        path = self.folder / name
+        with reading(path):
+            if self._stamps.get(name) != _stamp(path):
+                raise ReadError(f"{path} changed while being read", "leave the source alone and start again")
 
     def room(self, names: Sequence[str]) -> int:
         return 0
 
-    def supply(self, names: Sequence[str], work: Path) -> Supply:
-        return _OnDisk(tuple(self.folder / name for name in names))
+    def supply(self, names: Iterable[str], work: Path, coming: Collection[str] = ()) -> Supply:
+        return _OnDisk(self.folder, names)
 
 
 @dataclass(frozen=True)
 class _OnDisk:
     """Shards that lie here already."""
 
-    paths: tuple[Path, ...]
+    folder: Path
+    names: Iterable[str]
 
     def __iter__(self) -> Iterator[Path]:
-        return iter(self.paths)
+        return (self.folder / name for name in self.names)
 
     def close(self) -> None:
         """Nobody waits."""
+
+
+def _stamp(path: Path) -> _Stamp:
+    """What changes when a file is written or replaced: device, inode, size and time of the last change."""
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _digest_of(path: Path, span: range) -> FileDigest:
+    digest = hashlib.sha256()
+    with reading(path), FileIO(path) as file:
+        file.seek(span.start)
+        size = feed(digest, file, len(span))
+    return FileDigest(size, digest.hexdigest())

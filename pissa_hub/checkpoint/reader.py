@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import mmap
 import os
+import sys
 from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
@@ -11,7 +12,7 @@ from threading import Condition
 from typing import Protocol
 
 from pissa_hub.checkpoint.header import Header, TensorEntry
-from pissa_hub.errors import CheckpointError
+from pissa_hub.errors import ReadError
 
 _READ_BYTES = 1 << 20  # small enough that the hash finds the bytes still in cache
 _FEED_BYTES = 4 << 20
@@ -30,21 +31,21 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         fact = f"{path} cannot be read: {error.strerror}"
-        raise CheckpointError(fact, "check that it exists, its permissions and the disk") from error
+        raise ReadError(fact, "check that it exists, its permissions and the disk") from error
 
 
-def feed(digest: Digest, file: FileIO) -> int:
-    """Add the rest of ``file`` to ``digest``, through one reused buffer; returns how many bytes."""
+def feed(digest: Digest, file: FileIO, limit: int = sys.maxsize) -> int:
+    """Add the rest of ``file``, ``limit`` bytes at most, to ``digest``, through one reused buffer; returns how many."""
     buffer = memoryview(bytearray(_FEED_BYTES))
     total = 0
-    while count := file.readinto(buffer):
+    while count := file.readinto(buffer[: limit - total]):
         digest.update(buffer[:count])
         total += count
     return total
 
 
 def sha256_file(path: Path) -> tuple[int, str]:
-    """Size in bytes and SHA-256 in hex of a file. Raises CheckpointError."""
+    """Size in bytes and SHA-256 in hex of a file. Raises ReadError."""
     digest = hashlib.sha256()
     with reading(path), FileIO(path) as file:
         size = feed(digest, file)
@@ -57,18 +58,22 @@ class ShardReader:
     Plain reads, not a memory map: resident memory stays at the buffers', and a network disk that fails or a
     file that shrinks meanwhile gives an error rather than SIGBUS.
 
+    Args:
+        path, header: of the shard.
+        span: bytes of the file, from the start of a tensor to the end of one, to which :meth:`sha256` is confined.
+
     Raises:
-        CheckpointError: the file cannot be read, or is no longer the one that ``header`` was read from.
+        ReadError: the file cannot be read, or is no longer the one that ``header`` was read from.
     """
 
-    def __init__(self, path: Path, header: Header) -> None:
+    def __init__(self, path: Path, header: Header, span: range | None = None) -> None:
         self._path = path
         self._header = header
-        self._digest = hashlib.sha256(header.raw)
-        self._hashed = header.data_start
+        self._digest = hashlib.sha256(b"" if span else header.raw)
+        self._hashed, self._end = (span.start, span.stop) if span else (header.data_start, header.file_size)
         with reading(self._path):
             self._file = FileIO(path)
-            size, raw = os.fstat(self._file.fileno()).st_size, self._file.read(len(header.raw))
+            size, raw = os.fstat(self._file.fileno()).st_size, _read(self._file, len(header.raw))
         if size != header.file_size or raw != header.raw:
             self.close()
             raise self._changed()
@@ -93,12 +98,12 @@ class ShardReader:
                 view = view[count:]
 
     def sha256(self) -> str:
-        """SHA-256 of the whole file in hex, once every tensor was read in file order.
+        """SHA-256 in hex of the whole file or of its span, once every tensor in it was read in file order.
 
         Raises:
             RuntimeError: some tensor was not read, or not in file order.
         """
-        if self._hashed != self._header.file_size:
+        if self._hashed != self._end:
             raise RuntimeError(f"{self._path}: only the first {self._hashed} bytes were read in order")
         return self._digest.hexdigest()
 
@@ -111,8 +116,17 @@ class ShardReader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _changed(self) -> CheckpointError:
-        return CheckpointError(f"{self._path} changed while being read", "leave the source alone and start again")
+    def _changed(self) -> ReadError:
+        return ReadError(f"{self._path} changed while being read", "leave the source alone and start again")
+
+
+def _read(file: FileIO, size: int) -> bytes:
+    """The next ``size`` bytes; fewer only where the file ends, as a network disk may give fewer at a time."""
+    data = bytearray(size)
+    view = memoryview(data)
+    while len(view) and (count := file.readinto(view)):
+        view = view[count:]
+    return bytes(data[: size - len(view)])
 
 
 class PoolClosedError(RuntimeError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Thread
@@ -30,27 +30,29 @@ class Downloads:
 
     Args:
         repository: that holds them.
-        names: of the shards.
+        names: of the shards, each taken when the one before it has come.
         work: where each lies until the next is asked for: two are on this disk at most, but for what the cache has
             anyway. None for the client's cache, where they stay.
+        coming: names that are to come; what an interrupted run left of others is removed.
     """
 
     repository: Repository
-    names: tuple[str, ...]
+    names: Iterable[str]
     work: Path | None
+    coming: Collection[str] = ()
     _stopped: Event = field(default_factory=Event, init=False, repr=False)
 
     def __iter__(self) -> Iterator[Path]:
         self._tidy()
-        download = self._start(0)
+        names = iter(self.names)
+        download = self._start(names)
         try:
-            for position in range(len(self.names)):
-                assert download is not None
-                path = download.result()
-                download = self._start(position + 1)
+            while download is not None:
+                path, folder = download.result(), download.folder
+                download = self._start(names)
                 yield path
-                if self.work is not None:
-                    shutil.rmtree(self._folder(self.work, position), ignore_errors=True)
+                if folder is not None:
+                    shutil.rmtree(folder, ignore_errors=True)
         finally:
             self.close()
             if download is not None:
@@ -59,20 +61,18 @@ class Downloads:
     def close(self) -> None:
         self._stopped.set()
 
-    def _start(self, position: int) -> _Download | None:
-        if position == len(self.names):
+    def _start(self, names: Iterator[str]) -> _Download | None:
+        name = next(names, None)
+        if name is None:
             return None
-        folder = None if self.work is None else self._folder(self.work, position)
-        return _Download(self.repository, self.names[position], folder, self._stopped)
-
-    def _folder(self, work: Path, position: int) -> Path:
-        return work / self.names[position].removesuffix(".safetensors")
+        folder = None if self.work is None else _folder(self.work, name)
+        return _Download(self.repository, name, folder, self._stopped)
 
     def _tidy(self) -> None:
         """Keep of an interrupted run only what comes next."""
         if self.work is None or not self.work.is_dir():
             return
-        coming = {self._folder(self.work, position) for position in range(min(len(self.names), 2))}
+        coming = {_folder(self.work, name) for name in self.coming}
         for folder in self.work.iterdir():
             if folder not in coming:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -86,9 +86,9 @@ class _Download(Thread):
 
     def __init__(self, repository: Repository, name: str, folder: Path | None, stopped: Event) -> None:
         super().__init__(name="download", daemon=True)
+        self.folder = folder
         self._repository = repository
         self._name = name
-        self._folder = folder
         self._stopped = stopped
         self._path: Path | None = None
         self._error: BaseException | None = None
@@ -107,10 +107,14 @@ class _Download(Thread):
     def run(self) -> None:
         try:
             self._path = self._repository.cached(self._name) or self._repository.fetch(
-                self._name, self._folder, _bar_that_stops(self._stopped), self._stopped.wait
+                self._name, self.folder, _bar_that_stops(self._stopped), self._stopped.wait
             )
         except BaseException as error:
             self._error = error
+
+
+def _folder(work: Path, name: str) -> Path:
+    return work / name.removesuffix(".safetensors")
 
 
 def _bar_that_stops(stopped: Event) -> type[Any]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from pissa_hub.checkpoint.ancillary import MAX_MODULES_BYTES, MODULES_NAME, carried_over
-from pissa_hub.checkpoint.files import Pin, Supply
+from pissa_hub.checkpoint.files import Folder, Pin, Supply
 from pissa_hub.checkpoint.header import Header
 from pissa_hub.checkpoint.reader import sha256_file
 from pissa_hub.checkpoint.source import (
@@ -131,7 +131,9 @@ class HubFiles:
     def headers(self, names: Sequence[str]) -> list[Header]:
         return self.repository.headers(names)
 
-    def holds(self, name: str, digest: FileDigest) -> bool:
+    def holds(self, name: str, digest: FileDigest, span: range | None = None) -> bool:
+        if span is not None:
+            return Folder(self.path(name).parent).holds(name, digest, span)
         file = self.repository.files[name]
         sha256 = file.sha256 or sha256_file(self.path(name))[1]
         return digest == FileDigest(file.size, sha256)
@@ -148,8 +150,8 @@ class HubFiles:
             return 0
         return sum(sorted(self.size(name) for name in names if self.repository.cached(name) is None)[-2:])
 
-    def supply(self, names: Sequence[str], work: Path) -> Supply:
-        return Downloads(self.repository, tuple(names), None if self.keep else work / _SOURCE_FOLDER)
+    def supply(self, names: Iterable[str], work: Path, coming: Collection[str] = ()) -> Supply:
+        return Downloads(self.repository, names, None if self.keep else work / _SOURCE_FOLDER, coming)
 
 
 def _on_hub(source: str | Path, pins: Pins, keep: bool) -> HubFiles | None:

@@ -21,7 +21,7 @@ from pissa_hub.hub.pull import pull_original
 from pissa_hub.manifest import MANIFEST_NAME, Manifest, load_manifest
 from pissa_hub.model.modules import resolve_layout
 from pissa_hub.pipeline.destination import InPlace
-from pissa_hub.pipeline.device import pick_device, worker_count
+from pissa_hub.pipeline.device import pick_devices, worker_count
 from pissa_hub.pipeline.finish import CARD_NAME, finish
 from pissa_hub.pipeline.job import carry_out, check_whole
 from pissa_hub.pipeline.plan import ADAPTER_FOLDER, ADAPTER_NAME, Plan, ShardPlan, make_plan
@@ -75,6 +75,7 @@ def decompose(
     output: str | Path,
     *,
     device: str = "auto",
+    devices: str | None = None,
     keep_source: bool = True,
     publish: str | None = None,
     private: bool | None = None,
@@ -89,6 +90,8 @@ def decompose(
         source: folder of a safetensors checkpoint, or ``org/name[@revision]`` on the Hub.
         output: folder to write; absent, empty, or of the same plan.
         device: ``auto`` (the first GPU, else the CPU), ``cpu``, ``cuda``, ``cuda:1``, ...
+        devices: several, with commas between, or ``all``: a process for each shares the work. So do the processes of
+            torchrun and srun, each with its own GPU.
         keep_source: whether the shards of a source on the Hub stay in the client's cache; if not, two of them are
             on the disk at most.
         publish: ``owner/name`` on the Hub. Each finished shard is uploaded to a branch ``pissa-upload-*`` there and its
@@ -103,19 +106,19 @@ def decompose(
     """
     plan = plan_decomposition(source, Settings(**settings), Path(output), keep_source=keep_source)
     publication = None if publish is None else partial(open_publication, plan, publish, private, progress)
-    return run(plan, Path(output), pick_device(device), progress, publication)
+    return run(plan, Path(output), pick_devices(device, devices), progress, publication)
 
 
 def run(
     plan: Plan,
     output: Path,
-    device: torch.device,
+    devices: Sequence[torch.device],
     progress: Progress | None = None,
     publication: Callable[[], Publication] | None = None,
 ) -> Outcome:
     """Follow a plan; see :func:`decompose`. ``publication`` is called once the output folder may be used."""
-    job = _Decomposition(plan, device, is_published=publication is not None)
-    done = carry_out(job, output, progress, publication or InPlace)
+    job = _Decomposition(plan, devices[0], is_published=publication is not None)
+    done = carry_out(job, output, progress, publication or InPlace, devices)
     return Outcome(plan, done.result, done.was_finished, done.carried_over, done.delivered)
 
 
@@ -183,15 +186,18 @@ class _Decomposition:
         shards = [shard.name for shard in plan.shards]
         return [*shards, adapter, *plan.generated, *plan.checkpoint.other_files, CARD_NAME]
 
-    def worker(self) -> Decomposer:
-        return Decomposer(self.plan.settings, self.device)
+    def worker(self, device: torch.device) -> Decomposer:
+        return Decomposer(self.plan.settings, device)
 
     def disk_bytes(self, held: frozenset[str]) -> int:
         return publishing_bytes(self.plan, held) if self.is_published else self.plan.disk_bytes(held)
 
+    def load(self, output: Path) -> Manifest:
+        return load_manifest(output)
+
     def recognise(self, output: Path) -> Manifest:
         try:
-            manifest = load_manifest(output)
+            manifest = self.load(output)
         except ManifestError as error:
             raise OutputError(f"{output} is not empty ({error.fact})", "choose another folder") from None
         if not _is_of(self.plan, manifest):
@@ -214,7 +220,7 @@ class _Decomposition:
         """Any checkpoint will do."""
 
     def finish(self, receipts: Sequence[Receipt], output: Path, work: WorkFolder) -> Manifest:
-        return finish(self.plan, receipts, output, work, self.device)
+        return finish(self.plan, receipts, output, work)
 
 
 def _is_of(plan: Plan, manifest: Manifest) -> bool:

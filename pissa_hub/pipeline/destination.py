@@ -9,18 +9,22 @@ from typing import Any, Protocol
 from pissa_hub.checkpoint.writer import FileDigest
 
 
-class Destination(Protocol):
-    """A place for finished shards."""
-
-    @property
-    def held(self) -> Mapping[str, FileDigest]:
-        """Files that are there and need not lie in the output folder."""
+class Place(Protocol):
+    """Where the stream's finished shards go."""
 
     def add(self, name: str, path: Path, digest: FileDigest) -> None:
         """Take a finished shard; its file may be gone afterwards. Raises HubError or OutputError."""
 
     def close(self) -> None:
         """Stop; from any thread, also while another one waits in :meth:`add`, which then gets an error."""
+
+
+class Destination(Place, Protocol):
+    """A place for all finished shards of a job."""
+
+    @property
+    def held(self) -> Mapping[str, FileDigest]:
+        """Files that are there and need not lie in the output folder."""
 
     def commit(self, folder: Path) -> Any:
         """The folder is finished: make what was added final, and return what there is to say of it."""

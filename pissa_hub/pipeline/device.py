@@ -1,10 +1,19 @@
-"""What computes: the device, and how many workers share it."""
+"""What computes: the devices, how many workers share one, and what of it the exact bytes depend on."""
 
 from __future__ import annotations
+
+import platform
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 import torch
 
 from pissa_hub.errors import PlanError
+from pissa_hub.ranks import find_rank
+
+if TYPE_CHECKING:
+    from pissa_hub.pipeline.receipts import Receipt
 
 # Bytes that the matrices of all workers may take; a larger matrix has a single worker.
 WORKSPACE_BUDGET = 512 << 20
@@ -13,9 +22,15 @@ _COPIES = 4
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of a ``--device``. Raises PlanError for one that is not there."""
+    """The device of a ``--device``. Raises PlanError for one that is not there.
+
+    Of several processes on one machine, each has its own GPU, as far as there are enough, unless ``name`` has a number.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    rank = find_rank()
+    if name == "cuda" and rank is not None:
+        name = f"cuda:{rank.local_rank % max(torch.cuda.device_count(), 1)}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
@@ -23,6 +38,25 @@ def pick_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise PlanError(f"device {name!r} cannot be used ({reason})", "use auto, cpu or cuda:N") from None
     return device
+
+
+def pick_devices(name: str, names: str | None = None) -> tuple[torch.device, ...]:
+    """Where to compute: one device, or one for each of several processes.
+
+    Args:
+        name: of a ``--device``.
+        names: of a ``--devices``, which goes before it: names with commas between, or ``all`` for every GPU.
+
+    Raises:
+        PlanError: one of them is not there.
+    """
+    if names is None:
+        return (pick_device(name),)
+    if names == "all":
+        names = ",".join(f"cuda:{number}" for number in range(torch.cuda.device_count())) or "cpu"
+    if not all(name.strip() for name in names.split(",")):
+        raise PlanError(f"devices {names!r} cannot be used", "give names with commas between, such as cuda:0,cuda:1")
+    return tuple(pick_device(name.strip()) for name in names.split(","))
 
 
 def worker_count(largest: int, device: torch.device) -> int:
@@ -34,3 +68,29 @@ def worker_count(largest: int, device: torch.device) -> int:
     if device.type != "cpu":
         return 1
     return max(min(torch.get_num_threads(), WORKSPACE_BUDGET // max(_COPIES * 4 * largest, 1)), 1)
+
+
+def described(device: torch.device) -> str:
+    """Kind and model of a device."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return f"{device.type} ({name})"
+
+
+def environment() -> dict[str, str | int]:
+    """What exact bytes depend on beside source, settings and device; of the calling thread."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def joint_environment(receipts: Iterable[Receipt]) -> Mapping[str, str | int]:
+    """Of all that several receipts vouch for; where they differ, all values with commas between."""
+    values: dict[str, dict[str | int, None]] = {}
+    for receipt in receipts:
+        for key, value in receipt.environment.items():
+            if value != "":
+                values.setdefault(key, {})[value] = None
+    return {key: next(iter(of)) if len(of) == 1 else ", ".join(sorted(map(str, of))) for key, of in values.items()}

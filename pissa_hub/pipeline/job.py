@@ -7,35 +7,50 @@ finished; until then ``.pissa/`` says whose unfinished work it holds.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Generic, Protocol, TypeVar
 
-from pissa_hub.checkpoint.files import Files, Pin
-from pissa_hub.checkpoint.writer import FileDigest
-from pissa_hub.errors import AdapterError, CheckpointError, MatrixError, OutputError, VerificationError
-from pissa_hub.pipeline.destination import Destination, InPlace
-from pissa_hub.pipeline.receipts import Receipt, WorkFolder
-from pissa_hub.pipeline.stream import PlannedShard, PlannedWeight, Worker, stream
-from pissa_hub.progress import Progress, Silent
+import torch
 
+from pissa_hub.checkpoint.files import Pin
+from pissa_hub.checkpoint.reader import sha256_file
+from pissa_hub.checkpoint.writer import FileDigest
+from pissa_hub.errors import (
+    AdapterError,
+    CheckpointError,
+    MatrixError,
+    OutputError,
+    PlanError,
+    ReadError,
+    VerificationError,
+)
+from pissa_hub.pipeline.destination import Destination, InPlace
+from pissa_hub.pipeline.helpers import Helpers
+from pissa_hub.pipeline.pieces import bytes_read, divide, too_large
+from pissa_hub.pipeline.receipts import Receipt, WorkFolder
+from pissa_hub.pipeline.schedule import Alone, Shared, reach_store
+from pissa_hub.pipeline.share import Share, Workload, is_there
+from pissa_hub.pipeline.stream import PlannedWeight
+from pissa_hub.progress import Progress, Silent
+from pissa_hub.ranks import find_rank
+
+# How long a file that another machine has written may take to be seen on a network disk.
+_LAG_SECONDS = 60.0
 W = TypeVar("W", bound=PlannedWeight)
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 
 
-class Job(Protocol[W, R_co]):
+class Job(Workload[W], Protocol[W, R_co]):
     """What is to be made of a checkpoint, shard by shard."""
 
     @property
     def inputs(self) -> Mapping[str, Path]:
         """What it is -> folder that is read, in which the output must not lie."""
-
-    @property
-    def source(self) -> Files:
-        """Where the shards come from."""
 
     @property
     def pins(self) -> Collection[Pin]:
@@ -50,14 +65,6 @@ class Job(Protocol[W, R_co]):
         """What was asked for; JSON for whoever looks into ``.pissa/``."""
 
     @property
-    def shards(self) -> Sequence[PlannedShard[W]]:
-        """In the order of the work."""
-
-    @property
-    def workers(self) -> int:
-        """How many weights to have in hand at once."""
-
-    @property
     def marker(self) -> str:
         """Name of the file that makes a folder finished."""
 
@@ -65,17 +72,14 @@ class Job(Protocol[W, R_co]):
     def file_names(self) -> Collection[str]:
         """Relative POSIX names of the files that it writes, but the marker."""
 
-    def worker(self) -> Worker[W]:
-        """A worker for the stream."""
-
     def disk_bytes(self, held: frozenset[str]) -> int:
         """Most bytes on disk at once, less what the ``held`` shards already take."""
 
+    def load(self, output: Path) -> R_co:
+        """What :meth:`finish` made of a folder, from its marker. Raises PissaHubError if that is damaged."""
+
     def recognise(self, output: Path) -> R_co:
         """What made a folder with the marker. Raises OutputError unless it was this very job."""
-
-    def accept(self, receipt: Receipt) -> None:
-        """Raises VerificationError if a finished shard, read or written, is not what it should be."""
 
     def finish(self, receipts: Sequence[Receipt], output: Path, work: WorkFolder) -> R_co:
         """Write all that is not a shard, the marker last; ``receipts`` has one for every shard, in their order."""
@@ -88,7 +92,7 @@ class Done(Generic[R]):
     Attributes:
         result: what :meth:`Job.finish` or :meth:`Job.recognise` made of it.
         was_finished: whether the folder had been finished before and nothing was done.
-        carried_over: shards that an earlier, interrupted run had finished.
+        carried_over: shards that an earlier, interrupted run had finished; 0 in processes other than rank 0.
         delivered: what :meth:`Destination.commit` returned.
     """
 
@@ -103,63 +107,150 @@ def carry_out(
     output: Path,
     progress: Progress | None = None,
     open_destination: Callable[[], Destination] = InPlace,
+    devices: Sequence[torch.device] = (),
 ) -> Done[R]:
-    """Do a job, or what an interrupted run left of it.
+    """Do a job, or what an interrupted run left of it; together with other processes, if there are any.
 
     Args:
         job: what is to be done.
         output: folder to write.
         progress: told how far it is.
         open_destination: called once the output folder may be used: where finished shards go from there.
+        devices: if there are several, a process for each, this one with the first, which is the job's own.
 
     Raises:
         OutputError: the output folder cannot be used or written.
         AdapterError, CheckpointError, MatrixError, VerificationError: the input is bad; nothing is left of the output.
-        HubError: the input or the output did not arrive; what is done so far stays.
+        ReadError: it could not be read to its end; as after all that follows, what is done so far stays.
+        HubError: the input or the output did not arrive.
+        PeerError: another process failed.
     """
-    progress = progress or Silent()
+    rank, progress = find_rank(), progress or Silent()
+    if rank is None and len(devices) < 2:
+        return _lead(job, output, progress, Alone(progress), open_destination)
+    if open_destination is not InPlace:
+        raise PlanError("several processes cannot publish while they work", "publish the finished folder")
+    if rank is None:
+        with Helpers(job, output, devices, progress) as schedule:
+            return _lead(job, output, progress, schedule)
+    if len(devices) > 1:
+        raise PlanError("each of several processes has one device", "leave --devices to a run without torchrun or srun")
+    with Shared(reach_store(rank), rank, job.digest, progress) as schedule:
+        return _lead(job, output, progress, schedule) if rank.leads else _follow(job, output, schedule)
+
+
+def _lead(
+    job: Job[W, R],
+    output: Path,
+    progress: Progress,
+    schedule: Alone | Shared,
+    open_destination: Callable[[], Destination] = InPlace,
+) -> Done[R]:
+    """The process that checks, opens, waits for all and finishes."""
     work = WorkFolder(output, job.digest)
     _check_outside(output, job.inputs)
     if (output / job.marker).exists():
-        result = job.recognise(output)
-        delivered = open_destination().commit(output)
-        work.remove()
-        return Done(result, True, 0, delivered)
+        return _as_it_is(job, output, work, open_destination())
     _check_free(output, work, job.digest)
     absent = [path for path in (output.absolute(), *output.absolute().parents) if not path.exists()]
     destination = open_destination()
-    shards = job.shards if work.exists else ()
-    found = (work.receipt(shard.source.name, job.source, destination.held) for shard in shards)
-    receipts = {receipt.shard: receipt for receipt in found if receipt}
-    held = frozenset(receipts)
-    pending = [shard for shard in job.shards if shard.source.name not in held]
-    names = [shard.source.name for shard in pending]
-    _check_space(output, job.disk_bytes(held) + job.source.room(names))
-    work.create(job.settings, job.pins)
-    _remove_partials(output)
-    data = {shard.source.name: shard.source.header for shard in job.shards}
-    sizes = {name: header.file_size - header.data_start for name, header in data.items()}
-    progress.expect(sum(sizes.values()))
-    progress.advance(sum(sizes[name] for name in held))
-    for receipt in receipts.values():
-        destination.add(receipt.shard, output / receipt.shard, receipt.output)
+    held = {shard.name for shard in job.shards if is_there(shard, work, destination)}
+    names = [shard.source.name for shard in job.shards if shard.name not in held]
+    _check_space(output, job.disk_bytes(frozenset(held)) + job.source.room(names))
+    with work.locked():
+        if (output / job.marker).exists():  # another process was faster
+            return _as_it_is(job, output, work, destination)
+        _check_free(output, work, job.digest)
+        work.create(job.settings, job.pins)
+        _remove_partials(output)
+        try:
+            receipts, carried_over = _make_all(job, output, work, schedule, destination)
+        except (AdapterError, CheckpointError, MatrixError, VerificationError) as error:
+            if not isinstance(error, ReadError):
+                schedule.stop(error)
+                _remove_output(output, work, job.file_names, absent)
+                destination.abandon()
+            raise
+        for note in _differences(receipts):
+            progress.note(note)
+        result = job.finish(receipts, output, work)
+        delivered = destination.commit(output)
+        work.remove()
+    return Done(result, False, carried_over, delivered)
 
-    def accept(receipt: Receipt) -> None:
-        job.source.require_intact(receipt.shard, receipt.source)
-        job.accept(receipt)
 
-    try:
-        supply = job.source.supply(names, work.folder)
-        written = stream(pending, supply, output, work, job.worker, job.workers, accept, progress, destination)
-    except (AdapterError, CheckpointError, MatrixError, VerificationError):
-        _remove_output(output, work, job.file_names, absent)
-        destination.abandon()
-        raise
-    receipts.update({receipt.shard: receipt for receipt in written})
-    result = job.finish([receipts[shard.source.name] for shard in job.shards], output, work)
+def _follow(job: Job[W, R], output: Path, schedule: Shared) -> Done[R]:
+    """Any other process."""
+    opening = schedule.join()
+    if opening is not None:
+        work = WorkFolder(output, job.digest)
+        if not _in_time(lambda: work.found_digest() == job.digest):
+            raise OutputError(
+                f"{output} is not the folder that rank 0 writes",
+                "give every rank one folder on a disk that all of them see",
+            )
+        threads = torch.get_num_threads()
+        torch.set_num_threads(opening["threads"])  # the last bits depend on it
+        try:
+            division = divide(job.shards, opening["cut"], largest_first=True)
+            Share(job, output, work, schedule, InPlace()).do(division)
+        finally:
+            torch.set_num_threads(threads)
+        schedule.wait_for_end()
+    return Done(job.load(output), opening is None, 0)
+
+
+def _as_it_is(job: Job[W, R], output: Path, work: WorkFolder, destination: Destination) -> Done[R]:
+    """What there is to do with a folder that is finished."""
+    result = job.recognise(output)
     delivered = destination.commit(output)
     work.remove()
-    return Done(result, False, len(held), delivered)
+    return Done(result, True, 0, delivered)
+
+
+def _make_all(
+    job: Job[W, R], output: Path, work: WorkFolder, schedule: Alone | Shared, destination: Destination
+) -> tuple[list[Receipt], int]:
+    """Every shard's receipt, and how many of them an earlier run left."""
+    done = frozenset(shard.name for shard in job.shards if work.read(shard.name))
+    pending = [shard for shard in job.shards if shard.name not in done]
+    to_cut = {shard.name for shard in pending if work.pieces(shard.name)}
+    schedule.progress.expect(sum(map(bytes_read, job.shards)))
+    if isinstance(schedule, Shared):
+        if not job.source.room([shard.source.name for shard in pending]):
+            to_cut.update(too_large(pending, schedule.processes))
+        joined = sorted(shard.output.file_size for shard in pending if shard.name in to_cut)
+        _check_space(output, job.disk_bytes(done) + sum(joined[-schedule.processes :]))
+        schedule.open({"cut": sorted(to_cut), "threads": torch.get_num_threads()})
+    division = divide(job.shards, to_cut, largest_first=isinstance(schedule, Shared))
+    Share(job, output, work, schedule, destination).do(division)
+    if isinstance(schedule, Shared):
+        _in_time(lambda: all(is_there(shard, work, destination) for shard in job.shards))
+        # Done, as the others said, but not to be seen from here.
+        missing = [shard for shard in job.shards if not is_there(shard, work, destination)]
+        Share(job, output, work, Alone(schedule.progress), destination).do(divide(missing, (), largest_first=False))
+        _remove_partials(output)  # of those that died
+    receipts = [receipt for shard in job.shards if (receipt := work.read(shard.name))]
+    return receipts, schedule.count("carried", 0)
+
+
+def _in_time(is_so: Callable[[], bool]) -> bool:
+    """Whether something is, or comes to be, that another machine has written to a network disk."""
+    end = time.monotonic() + _LAG_SECONDS
+    while not is_so():
+        if time.monotonic() > end:
+            return False
+        time.sleep(_LAG_SECONDS / 100)
+    return True
+
+
+def _differences(receipts: Sequence[Receipt]) -> Iterator[str]:
+    """Sentences on what was not the same for all shards, as far as bytes depend on it."""
+    made = [receipt.environment for receipt in receipts if receipt.environment.get("device")]
+    for key in sorted({key for environment in made for key in environment}):
+        values = sorted({str(environment.get(key)) for environment in made})
+        if len(values) > 1:
+            yield f"shards were made with different {key} ({', '.join(values)}), so no single run has all their bytes"
 
 
 def free_space(output: Path) -> int:
@@ -169,10 +260,10 @@ def free_space(output: Path) -> int:
 
 
 def check_whole(output: Path, files: Mapping[str, FileDigest]) -> None:
-    """Raises OutputError if a file of a finished folder is gone or of another size."""
+    """Raises OutputError if a file of a finished folder is gone or has other bytes."""
     for name, digest in files.items():
         path = output / name
-        if not path.is_file() or path.stat().st_size != digest.size:
+        if not path.is_file() or path.stat().st_size != digest.size or FileDigest(*sha256_file(path)) != digest:
             raise OutputError(
                 f"{output} was finished, but {name} is damaged or gone", "remove the folder and start again"
             )

@@ -15,7 +15,7 @@ from typing import Any
 
 from pissa_hub import __version__
 from pissa_hub.checkpoint.encoding import require_plain
-from pissa_hub.checkpoint.header import Header, TensorSpec, build_header, canonical
+from pissa_hub.checkpoint.header import Header, TensorEntry, TensorSpec, build_header, canonical
 from pissa_hub.checkpoint.index import INDEX_NAME
 from pissa_hub.checkpoint.source import Checkpoint, Shard
 from pissa_hub.manifest import lora_names
@@ -54,6 +54,14 @@ class WeightPlan:
         return self.target.module.name
 
     @property
+    def replaced_by(self) -> tuple[str]:
+        return (self.stored.name,)
+
+    @property
+    def factors(self) -> tuple[str, str]:
+        return self.lora_A.name, self.lora_B.name
+
+    @property
     def is_conv1d(self) -> bool:
         """Whether the weight is stored as (in, out)."""
         return self.target.module.kind == "conv1d"
@@ -79,6 +87,10 @@ class ShardPlan:
     @property
     def name(self) -> str:
         return self.source.name
+
+    @property
+    def entries(self) -> Sequence[TensorEntry]:
+        return self.source.header.entries
 
 
 @dataclass(frozen=True)

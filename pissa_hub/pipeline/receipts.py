@@ -8,21 +8,27 @@ that a moved branch changes nothing.
 
 from __future__ import annotations
 
-import json
+import glob
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import cache
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pissa_hub.checkpoint.files import Files, Pin
+from pissa_hub.checkpoint.lock import locked
 from pissa_hub.checkpoint.reader import sha256_file
 from pissa_hub.checkpoint.writer import FileDigest, write_file_atomic
 from pissa_hub.errors import CheckpointError, ManifestError, OutputError
-from pissa_hub.manifest import WeightRecord, weight_record
+from pissa_hub.manifest import WeightRecord, manifest_schema, weight_record
+from pissa_hub.schema import violations
+from pissa_hub.seal import read_sealed, sealed
 
 WORK_FOLDER = ".pissa"
 _PLAN_NAME = "plan.json"
+_LOCK_NAME = "lock"
 _COMMITS = "commits"
 _NOTHING: Mapping[str, FileDigest] = {}
 
@@ -36,6 +42,7 @@ class Receipt:
         source, output: digests of the shard read and the shard written.
         adapter: digest of its part of the adapter; None where it holds no target.
         weights: records for the manifest, in file order.
+        environment: what its exact bytes depend on beside source and settings; see ``pipeline.device.environment``.
     """
 
     shard: str
@@ -43,14 +50,15 @@ class Receipt:
     output: FileDigest
     adapter: FileDigest | None
     weights: tuple[WeightRecord, ...]
+    environment: Mapping[str, str | int]
 
 
 def pinned_commits(output: Path) -> Mapping[str, str]:
     """What names on the Hub stood for in the unfinished work of a folder, by ``Pin.key``; empty if there is none."""
     try:
-        commits = json.loads((output / WORK_FOLDER / _PLAN_NAME).read_bytes())[_COMMITS]
+        commits = read_sealed(output / WORK_FOLDER / _PLAN_NAME)[_COMMITS]
         return {str(name): str(commit) for name, commit in commits.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
@@ -67,6 +75,11 @@ class WorkFolder:
         self._folder = output / WORK_FOLDER
         self._digest = digest
 
+    @staticmethod
+    def piece_name(shard: str, number: int) -> str:
+        """Name of a piece of a shard, as the shard's own is relative to the output folder."""
+        return f"{WORK_FOLDER}/{shard}.{number:03}.piece"
+
     @property
     def folder(self) -> Path:
         return self._folder
@@ -78,8 +91,8 @@ class WorkFolder:
     def found_digest(self) -> str | None:
         """Digest of the plan whose work is here; None if that cannot be told."""
         try:
-            return str(json.loads((self._folder / _PLAN_NAME).read_bytes())["digest"])
-        except (OSError, ValueError, KeyError, TypeError):
+            return str(read_sealed(self._folder / _PLAN_NAME)["digest"])
+        except (ValueError, KeyError, TypeError):
             return None
 
     def create(self, settings: Mapping[str, Any], pins: Iterable[Pin] = ()) -> None:
@@ -91,49 +104,95 @@ class WorkFolder:
             raise OutputError(fact, "choose another folder or check the permissions") from error
         commits = {pin.key: pin.commit for pin in pins}
         plan = {"digest": self._digest, "settings": settings, _COMMITS: commits}
-        write_file_atomic(self._folder / _PLAN_NAME, json.dumps(plan, indent=1).encode())
+        write_file_atomic(self._folder / _PLAN_NAME, sealed(plan))
 
     def adapter_part(self, shard: str) -> Path:
         """Where a shard's share of the adapter waits to be assembled."""
-        return self._folder / f"{shard}.adapter"
+        return self._folder / f"{PurePosixPath(shard).name}.adapter"
 
     def write(self, receipt: Receipt) -> None:
         table = {"plan": self._digest, **asdict(receipt)}
-        write_file_atomic(self._receipt_path(receipt.shard), json.dumps(table).encode())
+        write_file_atomic(self._receipt_path(receipt.shard), sealed(table))
 
-    def receipt(self, shard: str, source: Files, elsewhere: Mapping[str, FileDigest] = _NOTHING) -> Receipt | None:
-        """A shard's receipt, if it and the files that it vouches for are sound and the source is still the same.
-
-        Args:
-            shard: its name.
-            source: that the shard is of.
-            elsewhere: finished shards that need not lie in the output folder.
-        """
+    def read(self, shard: str) -> Receipt | None:
+        """A file's receipt, if it is one of this plan; nothing is said of what it vouches for."""
         try:
-            table = json.loads(self._receipt_path(shard).read_bytes())
-            if table["plan"] != self._digest or table["shard"] != shard:
+            table = read_sealed(self._receipt_path(shard))
+            if table["plan"] != self._digest or table["shard"] != shard or any(violations(table, _schema())):
                 return None
-            receipt = Receipt(
+            return Receipt(
                 shard,
                 FileDigest(**table["source"]),
                 FileDigest(**table["output"]),
                 FileDigest(**table["adapter"]) if table["adapter"] else None,
                 tuple(weight_record(weight) for weight in table["weights"]),
+                dict(table["environment"]),
             )
-            held = (
-                (elsewhere.get(shard) == receipt.output or _is(self._output / shard, receipt.output))
-                and (receipt.adapter is None or _is(self.adapter_part(shard), receipt.adapter))
-                and source.holds(shard, receipt.source)
-            )
-            return receipt if held else None
-        except (OSError, ValueError, KeyError, TypeError, ManifestError):
+        except (ValueError, LookupError, TypeError, ManifestError):
             return None
+
+    def receipt(
+        self,
+        shard: str,
+        source: Files,
+        elsewhere: Mapping[str, FileDigest] = _NOTHING,
+        *,
+        of: str | None = None,
+        span: range | None = None,
+    ) -> Receipt | None:
+        """A file's receipt, if what it vouches for has the bytes that it names and so has the source.
+
+        Args:
+            shard: name of the file, a shard or a piece of one.
+            source: that the shard is of.
+            elsewhere: finished shards that need not lie in the output folder.
+            of, span: of a piece, the shard and the bytes that were read.
+        """
+        receipt = self.read(shard)
+        if receipt is None:
+            return None
+        held = (
+            (elsewhere.get(shard) == receipt.output or _is(self._output / shard, receipt.output))
+            and (receipt.adapter is None or _is(self.adapter_part(shard), receipt.adapter))
+            and source.holds(of or shard, receipt.source, span)
+        )
+        return receipt if held else None
+
+    def is_there(self, receipt: Receipt) -> bool:
+        """Whether files of the sizes that a receipt names are there."""
+        parts = [(self._output / receipt.shard, receipt.output)]
+        if receipt.adapter is not None:
+            parts.append((self.adapter_part(receipt.shard), receipt.adapter))
+        return all(path.is_file() and path.stat().st_size == digest.size for path, digest in parts)
+
+    def pieces(self, shard: str) -> list[Path]:
+        """Finished pieces of a shard, and whatever else was written with them."""
+        return sorted(self._folder.glob(f"{glob.escape(shard)}.[0-9][0-9][0-9].piece*"))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Be the only one at work in the output folder. Raises OutputError if somebody else is."""
+        with locked(self._folder / _LOCK_NAME, self._output):
+            yield
 
     def remove(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _receipt_path(self, shard: str) -> Path:
-        return self._folder / f"{shard}.receipt.json"
+        return self._folder / f"{PurePosixPath(shard).name}.receipt.json"
+
+
+@cache
+def _schema() -> Mapping[str, Any]:
+    """Of the part of a receipt that goes to the manifest."""
+    manifest = manifest_schema()
+    values = manifest["properties"]["environment"]["additionalProperties"]
+    return {
+        "properties": {
+            "weights": {"type": "array", "items": manifest["$defs"]["weight"]},
+            "environment": {"type": "object", "additionalProperties": values},
+        }
+    }
 
 
 def _is(path: Path, digest: FileDigest) -> bool:

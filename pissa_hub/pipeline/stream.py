@@ -8,12 +8,13 @@ eigenproblems and narrow products use one core far better than they use many.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Generic, Protocol, TypeVar
 
 from pissa_hub.checkpoint.files import Supply
@@ -24,7 +25,8 @@ from pissa_hub.checkpoint.writer import FileDigest, ShardWriter
 from pissa_hub.errors import HubError
 from pissa_hub.factorization.precision import exact_fp32
 from pissa_hub.manifest import WeightRecord
-from pissa_hub.pipeline.destination import Destination, InPlace
+from pissa_hub.pipeline.destination import InPlace, Place
+from pissa_hub.pipeline.device import environment
 from pissa_hub.pipeline.receipts import Receipt, WorkFolder
 from pissa_hub.pipeline.threads import Prefetch, Sink, Team
 from pissa_hub.progress import Progress
@@ -46,21 +48,37 @@ class PlannedWeight(Protocol):
     def room(self) -> int:
         """Bytes of its buffer: of what is read or of all that replaces it, whichever is more."""
 
+    @property
+    def replaced_by(self) -> Sequence[str]:
+        """Names of all that replaces it in the shard."""
+
+    @property
+    def factors(self) -> Sequence[str]:
+        """Names of what goes to the shard's part of the adapter."""
+
 
 W = TypeVar("W", bound=PlannedWeight)
 W_co = TypeVar("W_co", bound=PlannedWeight, covariant=True)
 
 
 class PlannedShard(Protocol[W_co]):
-    """A shard and what is to become of it."""
+    """A shard, or a piece of one, and what is to become of it."""
+
+    @property
+    def name(self) -> str:
+        """Relative POSIX name of the file that is written."""
 
     @property
     def source(self) -> Shard:
-        """What is read."""
+        """The shard that is read."""
+
+    @property
+    def entries(self) -> Sequence[TensorEntry]:
+        """What of it is read, in file order."""
 
     @property
     def output(self) -> Header:
-        """Of the shard that replaces it, under the same name."""
+        """Of the file that is written."""
 
     @property
     def weights(self) -> Mapping[str, W_co]:
@@ -79,11 +97,20 @@ class Made:
         tensors: name -> bytes of all that replaces it in the shard; they may lie in the weight's buffer.
         adapter: name -> bytes of what goes to the shard's part of the adapter.
         record: for the receipt.
+        device: that computed it, for the receipt; empty where that changes nothing.
     """
 
     tensors: Mapping[str, memoryview]
     adapter: Mapping[str, memoryview]
     record: WeightRecord | None = None
+    device: str = ""
+
+
+def span_of(shard: PlannedShard[W]) -> range | None:
+    """The bytes of the source that a piece is made of; None for a whole shard."""
+    if len(shard.entries) == len(shard.source.header.entries):
+        return None
+    return range(shard.entries[0].start, shard.entries[-1].stop)
 
 
 # Takes a weight and its buffer, the stored bytes at the front.
@@ -119,28 +146,32 @@ _Result = _ToWrite[W] | _ShardEnd[W]
 
 
 def stream(
-    shards: Sequence[PlannedShard[W]],
-    supply: Supply,
+    shards: Iterable[PlannedShard[W]],
+    open_supply: Callable[[Iterable[str]], Supply],
     output: Path,
     work: WorkFolder,
     equip: Callable[[], Worker[W]],
     workers: int,
+    room: int,
     accept: Callable[[Receipt], None],
     progress: Progress,
-    destination: Destination | None = None,
+    place: Place | None = None,
 ) -> list[Receipt]:
     """Write what replaces each shard into ``output``; its receipt is left in ``work`` and returned.
 
+    An interrupt of the main thread is passed on at once: what the other threads have in hand is not waited for.
+
     Args:
-        shards: in the order of the work.
-        supply: of their files, in the same order.
+        shards: in the order of the work; taken one by one, each when its turn to be read has come.
+        open_supply: of their files, by the names of their sources.
         output, work: the folders.
         equip: makes a worker; fp32 products are exact while it works, see ``factorization.precision``.
         workers: how many of them.
+        room: of the largest weight, see :class:`PlannedWeight`.
         accept: called with each finished shard's receipt before that counts; raises if the shard is not what it
             should be.
         progress: told of every weight and of the bytes read.
-        destination: of each shard, once its receipt is written; ``output`` by default.
+        place: of each shard, once its receipt is written; ``output`` by default.
 
     Raises:
         CheckpointError: a shard cannot be read or changes meanwhile.
@@ -148,21 +179,21 @@ def stream(
         OutputError: the output cannot be written.
         PissaHubError: what a worker or ``accept`` raises.
     """
-    destination = destination or InPlace()
-    largest = max((weight.room for shard in shards for weight in shard.weights.values()), default=0)
-    pool = BufferPool(max(BUFFER_BUDGET, (workers + 1) * largest))
+    place = place or InPlace()
+    pool = BufferPool(max(BUFFER_BUDGET, (workers + 1) * room))
+    taken: SimpleQueue[PlannedShard[W]] = SimpleQueue()
+    supply = open_supply(_names(shards, taken))
     with ExitStack() as cleanup:
-        writers = cleanup.enter_context(_Writers[W](output, work, accept, progress, destination))
-        sink: Sink[_Result[W]] = Sink(writers.consume, _QUEUED, on_failure=pool.close)
-        cleanup.callback(_quietly, sink.close)
-        cleanup.callback(destination.close)
+        writers = cleanup.enter_context(_Writers[W](output, work, accept, progress, place))
+        sink: Sink[_Result[W]] = cleanup.enter_context(Sink(writers.consume, _QUEUED, on_failure=pool.close))
         cleanup.enter_context(exact_fp32())
         team = cleanup.enter_context(Team(workers, equip))
         # The reader hands out the work, so that results are taken even while it waits for buffers.
-        results = Prefetch(_hand_out(_read(shards, supply, pool), team, progress), 2 * workers + _QUEUED)
-        cleanup.callback(results.close)
+        items = _hand_out(_read(taken, supply, pool), team, progress)
+        results = cleanup.enter_context(Prefetch(items, 2 * workers + _QUEUED))
         cleanup.callback(pool.close)
         cleanup.callback(supply.close)
+        cleanup.callback(place.close)
         try:
             for result in results:
                 sink.put(result.result())
@@ -176,18 +207,27 @@ def stream(
         return writers.receipts
 
 
+def _names(shards: Iterable[PlannedShard[W]], taken: SimpleQueue[PlannedShard[W]]) -> Iterator[str]:
+    """The sources' names, for the supply; each shard whose name it took is in ``taken``."""
+    for shard in shards:
+        taken.put(shard)
+        yield shard.source.name
+
+
 def _read(
-    shards: Iterable[PlannedShard[W]], supply: Supply, pool: BufferPool
+    shards: SimpleQueue[PlannedShard[W]], supply: Supply, pool: BufferPool
 ) -> Generator[_Read[W] | _ShardEnd[W], None, None]:
-    for shard, path in zip(shards, supply, strict=True):
-        header = shard.source.header
-        with ShardReader(path, header) as reader:
-            for entry in header.entries:
+    for path in supply:
+        shard = shards.get()
+        span = span_of(shard)
+        with ShardReader(path, shard.source.header, span) as reader:
+            for entry in shard.entries:
                 weight = shard.weights.get(entry.name)
                 buffer = pool.acquire(weight.room if weight else entry.nbytes)
                 reader.read_into(entry, buffer.view[: entry.nbytes])
                 yield _Read(shard, entry, buffer)
-            yield _ShardEnd(shard, FileDigest(header.file_size, reader.sha256()))
+            size = len(span) if span else shard.source.header.file_size
+            yield _ShardEnd(shard, FileDigest(size, reader.sha256()))
 
 
 def _hand_out(
@@ -213,12 +253,6 @@ def _copy(item: _Read[W]) -> _Result[W]:
     return _ToWrite(item, Made({item.entry.name: item.buffer.view}, {}))
 
 
-def _quietly(close: Callable[[], None]) -> None:
-    """On the way out of an error, the writer's own would only hide the first."""
-    with suppress(BaseException):
-        close()
-
-
 class _Writers(Generic[W]):
     """The writer's side: the shard in hand, its part of the adapter, and its receipt when both are on disk."""
 
@@ -228,16 +262,18 @@ class _Writers(Generic[W]):
         work: WorkFolder,
         accept: Callable[[Receipt], None],
         progress: Progress,
-        destination: Destination,
+        place: Place,
     ) -> None:
         self._output = output
         self._work = work
         self._accept = accept
         self._progress = progress
-        self._destination = destination
+        self._place = place
+        self._environment = environment()
         self._base: ShardWriter | None = None
         self._adapter: ShardWriter | None = None
         self._records: list[WeightRecord] = []
+        self._devices: set[str] = set()
         self.receipts: list[Receipt] = []
 
     def __enter__(self) -> _Writers[W]:
@@ -263,24 +299,26 @@ class _Writers(Generic[W]):
                 adapter.write(name, data)
         if made.record is not None:
             self._records.append(made.record)
+        if made.device:
+            self._devices.add(made.device)
         read.buffer.release()
         self._progress.advance(read.entry.nbytes)
 
     def _finish(self, end: _ShardEnd[W]) -> None:
         base, adapter = self._open(end.shard)
         digest = adapter.commit() if adapter else None
-        receipt = Receipt(end.shard.source.name, end.source, base.commit(), digest, tuple(self._records))
+        environment = {**self._environment, "device": ", ".join(sorted(self._devices))}
+        receipt = Receipt(end.shard.name, end.source, base.commit(), digest, tuple(self._records), environment)
         self._accept(receipt)
         self._work.write(receipt)
         self.receipts.append(receipt)
         self._base = self._adapter = None
-        self._destination.add(receipt.shard, self._output / receipt.shard, receipt.output)
+        self._place.add(receipt.shard, self._output / receipt.shard, receipt.output)
 
     def _open(self, shard: PlannedShard[W]) -> tuple[ShardWriter, ShardWriter | None]:
         if self._base is None:
-            name = shard.source.name
-            self._base = ShardWriter(self._output / name, shard.output)
+            self._base = ShardWriter(self._output / shard.name, shard.output)
             if shard.adapter is not None:
-                self._adapter = ShardWriter(self._work.adapter_part(name), shard.adapter)
-            self._records = []
+                self._adapter = ShardWriter(self._work.adapter_part(shard.name), shard.adapter)
+            self._records, self._devices = [], set()
         return self._base, self._adapter

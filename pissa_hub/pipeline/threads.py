@@ -20,6 +20,11 @@ class _StoppedError(Exception):
     """The other side is gone."""
 
 
+def is_interrupt(kind: type[BaseException] | None) -> bool:
+    """Whether nobody may be kept waiting, for a thread's weight in hand for example, which can take minutes."""
+    return kind is not None and issubclass(kind, KeyboardInterrupt)
+
+
 class _Channel(Generic[T]):
     """A bounded queue whose two ends can give up."""
 
@@ -63,6 +68,15 @@ class Prefetch(Generic[T]):
             if isinstance(item, BaseException):
                 raise item
             yield item[0]
+
+    def __enter__(self) -> Prefetch[T]:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if is_interrupt(kind):
+            self._channel.stopped.set()
+        else:
+            self.close()
 
     def close(self) -> None:
         """Stop the generator and wait for its thread."""
@@ -108,6 +122,16 @@ class Sink(Generic[T]):
         except _StoppedError:
             self.close()
             raise RuntimeError("put into a closed sink") from None
+
+    def __enter__(self) -> Sink[T]:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if is_interrupt(kind):
+            self._channel.stopped.set()
+        else:
+            with suppress(BaseException):  # on the way out of an error, the sink's own would only hide the first
+                self.close()
 
     def finish(self) -> None:
         """Wait until every item is consumed; raises what ``consume`` raised."""
@@ -162,8 +186,8 @@ class Team(Generic[T]):
     def __enter__(self) -> Team[T]:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._pool.shutdown(wait=not is_interrupt(kind), cancel_futures=True)
         torch.set_num_threads(self._threads_before)
 
     def submit(self, job: Callable[[T], R]) -> Future[R]:

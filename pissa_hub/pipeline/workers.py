@@ -17,6 +17,7 @@ from pissa_hub.factorization.methods import Factors, pissa_factors, subtract
 from pissa_hub.factorization.svd import TruncatedSVD, truncated_svd
 from pissa_hub.factorization.workspace import Workspace
 from pissa_hub.manifest import CertificateRecord, ReconstructionRecord, WeightRecord
+from pissa_hub.pipeline.device import described
 from pissa_hub.pipeline.plan import WeightPlan
 from pissa_hub.pipeline.settings import Settings
 from pissa_hub.pipeline.stream import Made
@@ -41,6 +42,7 @@ class Decomposer:
             tensors={stored.name: _bytes(base)},
             adapter=_adapter(weight, factors),
             record=_record(weight, svd, ReconstructionRecord(**asdict(deviation))),
+            device=described(self._anchor.device),
         )
 
 

@@ -16,6 +16,7 @@ from pissa_hub.checkpoint.writer import FileDigest
 from pissa_hub.errors import OutputError
 from pissa_hub.manifest import CertificateRecord, ReconstructionRecord, WeightRecord
 from pissa_hub.pipeline.receipts import Receipt, WorkFolder
+from pissa_hub.seal import read_sealed, sealed
 
 NAME = "model-00001-of-00002.safetensors"
 WEIGHT = WeightRecord(
@@ -60,6 +61,7 @@ def receipt(work: WorkFolder, shard: Shard, tmp_path: Path) -> Receipt:
         written(tmp_path / "out" / NAME, b"output"),
         written(work.adapter_part(NAME), b"adapter"),
         (WEIGHT,),
+        {"torch": "2.13.0", "threads": 2},
     )
     work.write(made)
     return made
@@ -120,19 +122,36 @@ def test_torn_receipt_is_none(work: WorkFolder, shard: Shard, receipt: Receipt, 
 
 def test_receipt_of_other_fields_is_none(work: WorkFolder, shard: Shard, receipt: Receipt, tmp_path: Path) -> None:
     (path,) = (tmp_path / "out" / ".pissa").glob("*.receipt.json")
-    table = json.loads(path.read_text())
+    table = read_sealed(path)
+    del table["sha256"]
     for spoiled in (
         {**table, "source": {}},
+        {**table, "environment": None},
         {**table, "adapter": {"size": 1}},
         {**table, "weights": [{}]},
         {**table, "weights": [{**table["weights"][0], "more": 1}]},
         {**table, "weights": [{**table["weights"][0], "singular_values": [1.0]}]},
+        {**table, "weights": [{**table["weights"][0], "shape": []}]},
+        {**table, "weights": [{**table["weights"][0], "source_dtype": [[[]]]}]},
+        {**table, "environment": {"device": [[[]]]}},
         {**table, "weights": 3},
+        {**table, "more": json.loads("[" * 40 + "]" * 40)},
     ):
-        path.write_text(json.dumps(spoiled))
+        path.write_bytes(sealed(spoiled))
         assert work.receipt(shard.name, Folder(shard.path.parent)) is None
-    path.write_text(json.dumps(table))
+    path.write_bytes(sealed(table))
     assert work.receipt(shard.name, Folder(shard.path.parent)) == receipt
+
+
+def test_every_byte_of_a_receipt_counts(work: WorkFolder, shard: Shard, receipt: Receipt, tmp_path: Path) -> None:
+    """Its records go to the manifest."""
+    (path,) = (tmp_path / "out" / ".pissa").glob("*.receipt.json")
+    data = path.read_bytes()
+    for position in range(len(data)):
+        path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
+        assert work.read(shard.name) is None
+    path.write_bytes(data)
+    assert work.read(shard.name) == receipt
 
 
 def test_folder_tells_whose_work_it_holds(work: WorkFolder, tmp_path: Path) -> None:

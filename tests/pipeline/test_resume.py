@@ -82,7 +82,8 @@ def snapshots(tiny_checkpoint: Factory, tmp_path_factory: pytest.TempPathFactory
 
     def snapshot(descriptor: int) -> None:
         # As bytes on a disk, the partial file included: copies of open files.
-        taken.append(Path(shutil.copytree(output, folder / f"{len(taken):03}")))
+        if output.exists():
+            taken.append(Path(shutil.copytree(output, folder / f"{len(taken):03}")))
 
     with patched(os, "fsync", snapshot):
         decompose(small(tiny_checkpoint), output, rank=4)
@@ -110,7 +111,7 @@ def test_every_point_of_a_run_is_one_to_carry_on_from(
     carried = []
     for snapshot in snapshots:
         output = Path(shutil.copytree(snapshot, tmp_path / snapshot.name))
-        outcome = run(plan, output, CPU)
+        outcome = run(plan, output, [CPU])
         carried.append(SHARDS if outcome.was_finished else outcome.carried_over)
         assert files_of(output) == reference, snapshot.name
     assert carried == sorted(carried)
@@ -156,13 +157,12 @@ def test_damaged_work_is_redone(
         name for name in files_of(unfinished(snapshots, SHARDS, tmp_path / "whole")) if not name.endswith(".partial")
     ]
     assert sum(name.endswith(".adapter") for name in names) == SHARDS - 1
+    names.remove(".pissa/lock")  # nobody holds it
     assert len(names) == 3 * SHARDS
     for number, name in enumerate(names):
         output = unfinished(snapshots, SHARDS, tmp_path / str(number))
         (output / name).write_bytes(damage((output / name).read_bytes()))
-        if damage is _flipped and name == ".pissa/plan.json":
-            continue  # may name another plan, which is another test
-        run(plan, output, CPU)
+        run(plan, output, [CPU])
         assert files_of(output) == reference, name
 
 
@@ -317,7 +317,7 @@ def receipts_in(output: Path) -> int:
 
 
 @posix_only
-@pytest.mark.parametrize("kill_at", ["8", "after a receipt, anywhere", "13"])
+@pytest.mark.parametrize("kill_at", ["12", "after a receipt, anywhere", "16"])
 def test_kill_9_and_the_same_command_again(
     tiny_checkpoint: Factory, reference: dict[str, bytes], tmp_path: Path, kill_at: str
 ) -> None:

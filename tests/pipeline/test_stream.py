@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 from pissa_hub import decompose
-from pissa_hub.checkpoint.files import Folder, Supply
-from pissa_hub.checkpoint.header import Header, TensorSpec, build_header
+from pissa_hub.checkpoint.files import Folder
+from pissa_hub.checkpoint.header import Header, TensorEntry, TensorSpec, build_header
 from pissa_hub.checkpoint.reader import BufferPool, ShardReader
 from pissa_hub.checkpoint.source import Shard, read_checkpoint
 from pissa_hub.checkpoint.writer import ShardWriter
-from pissa_hub.errors import CheckpointError, OutputError, VerificationError
+from pissa_hub.errors import OutputError, ReadError, VerificationError
 from pissa_hub.pipeline import stream
 from pissa_hub.pipeline.receipts import Receipt, WorkFolder
 from pissa_hub.progress import Silent
@@ -63,14 +64,19 @@ def test_full_disk_ends_the_run_and_a_rerun_completes_it(
 
 @pytest.mark.parametrize("budget", [20_000, 192 << 20])
 @pytest.mark.parametrize("call", [1, 12])
-def test_source_that_cannot_be_read_on_leaves_nothing(
+def test_source_that_cannot_be_read_on_keeps_what_was_done(
     tiny_checkpoint: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int, budget: int
 ) -> None:
+    source = tiny_checkpoint(shard_size=SHARDED)
+    decompose(source, tmp_path / "fresh", rank=4)
     monkeypatch.setattr(stream, "BUFFER_BUDGET", budget)
-    fail_at(monkeypatch, ShardReader, "read_into", call, CheckpointError("the disk is broken", "replace it"))
-    with pytest.raises(CheckpointError, match="the disk is broken"):
-        in_time(lambda: decompose(tiny_checkpoint(shard_size=SHARDED), tmp_path / "out", rank=4))
-    assert not (tmp_path / "out").exists()
+    with monkeypatch.context() as patch:
+        fail_at(patch, ShardReader, "read_into", call, ReadError("the disk is broken", "replace it"))
+        with pytest.raises(ReadError, match="the disk is broken"):
+            in_time(lambda: decompose(source, tmp_path / "out", rank=4))
+    assert not list((tmp_path / "out").rglob("*.partial"))
+    decompose(source, tmp_path / "out", rank=4)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
 
 
 @pytest.mark.parametrize("budget", [1, 20_000, 1 << 20])
@@ -101,6 +107,9 @@ def test_progress_counts_every_byte_once(tiny_checkpoint: Factory, tmp_path: Pat
         def advance(self, nbytes: int) -> None:
             self.done += nbytes
 
+        def note(self, text: str) -> None:
+            raise AssertionError(text)
+
     source, progress = tiny_checkpoint(shard_size=SHARDED), Count()
     outcome = decompose(source, tmp_path / "out", rank=4, progress=progress)
     assert progress.done == progress.expected == sum(tensor.nbytes for tensor in tensors_of(source).values())
@@ -122,6 +131,12 @@ class Doubled:
         return 4 * self.stored.nbytes
 
     @property
+    def replaced_by(self) -> list[str]:
+        return [spec.name for spec in self.outputs]
+
+    factors = ()
+
+    @property
     def outputs(self) -> list[TensorSpec]:
         wide = replace(self.stored, dtype="F64")
         return [wide, replace(wide, name=f"{self.name}.double")]
@@ -132,6 +147,14 @@ class DoubledShard:
     source: Shard
     weights: Mapping[str, Doubled]
     adapter: Header | None = None
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def entries(self) -> Sequence[TensorEntry]:
+        return self.source.header.entries
 
     @property
     def output(self) -> Header:
@@ -156,10 +179,13 @@ def doubled_shards(source: Path) -> list[DoubledShard]:
     ]
 
 
-def supply_of(shards: list[DoubledShard]) -> Supply:
-    """The shards where they lie."""
-    folder = Folder(shards[0].source.path.parent)
-    return folder.supply([shard.source.name for shard in shards], folder.folder)
+def run_stream(shards: list[DoubledShard], output: Path, accept: Callable[[Receipt], None]) -> WorkFolder:
+    """Double the shards where they lie, with two workers."""
+    work, folder = work_in(output), Folder(shards[0].source.path.parent)
+    room = max(weight.room for shard in shards for weight in shard.weights.values())
+    supply = partial(folder.supply, work=work.folder)
+    in_time(lambda: stream.stream(shards, supply, output, work, lambda: double, 2, room, accept, Silent()))
+    return work
 
 
 def work_in(output: Path) -> WorkFolder:
@@ -189,11 +215,7 @@ def test_worker_may_widen_and_add_tensors(
     monkeypatch.setattr(stream, "BUFFER_BUDGET", budget)
     monkeypatch.setattr(BufferPool, "acquire", acquire)
     output, found = tmp_path / "out", {}
-    in_time(
-        lambda: stream.stream(
-            shards, supply_of(shards), output, work_in(output), lambda: double, 2, lambda receipt: None, Silent()
-        )
-    )
+    run_stream(shards, output, lambda receipt: None)
     assert len(pools) == sum(len(shard.source.header.entries) for shard in shards)
     for path in output.glob("*.safetensors"):
         found |= load_file(path)
@@ -209,14 +231,14 @@ def test_worker_may_widen_and_add_tensors(
 def test_shard_counts_only_if_it_is_accepted(tiny_checkpoint: Factory, tmp_path: Path) -> None:
     shards = doubled_shards(tiny_checkpoint(shard_size=SHARDED))
     output = tmp_path / "out"
-    work = work_in(output)
 
     def accept(receipt: Receipt) -> None:
         if receipt.shard == shards[1].source.name:
             raise VerificationError("another shard", "give the right one")
 
     with pytest.raises(VerificationError, match="another shard"):
-        in_time(lambda: stream.stream(shards, supply_of(shards), output, work, lambda: double, 2, accept, Silent()))
+        run_stream(shards, output, accept)
+    work = WorkFolder(output, "digest")
     first, second = (
         work.receipt(shards[0].source.name, Folder(shards[0].source.path.parent)),
         work.receipt(shards[1].source.name, Folder(shards[0].source.path.parent)),

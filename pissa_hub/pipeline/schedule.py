@@ -1,0 +1,441 @@
+"""Who does what: one process all of it, or several that take units of work from a rendezvous store.
+
+The receipts on the disk are the truth; the store only says who has which unit in hand, so that no two do the same and
+the units of a process that died are taken over. Two that do one unit after all write the same bytes. Only this module
+knows torch.distributed, and of it only the store: no process group is needed, so any process may die.
+
+In the store, under a prefix of the job:
+
+    round               how often a rank 0 began; each round has its own keys below, because those of torchrun's store
+                        outlive the processes
+    leader, opened      the process of rank 0, and what it said when work could begin
+    next, owner/UNIT    how many units were handed out, and to which process
+    done                finished units
+    alive/PROCESS       a counter that the process moves on: no clock is compared with another machine's
+    joined, left, dead  processes that came, are through, or were seen to die
+    failed, ended       the first error, and that rank 0 is through
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from threading import Condition, Event, Lock, Thread
+from typing import Any, Protocol
+
+from pissa_hub import errors
+from pissa_hub.errors import PeerError, PissaHubError
+from pissa_hub.progress import Progress
+from pissa_hub.ranks import Rank
+
+HEARTBEAT_SECONDS = 0.5
+# A process that has not moved its counter for so long counts as dead. One that was only asleep does a unit twice.
+GRACE_SECONDS = 20.0
+# How long to wait for a store or a rank 0 that has not come.
+JOIN_SECONDS = 300.0
+_POLL_SECONDS = 0.1
+_AGAIN = "run the same command again to carry on"
+_calls: Counter[str] = Counter()
+
+
+class Schedule(Protocol):
+    """Hands out units, which are numbered in the order in which they are best begun."""
+
+    @property
+    def rank(self) -> int:
+        """Of this process; 0 leads."""
+
+    @property
+    def progress(self) -> Progress:
+        """Who is to be told of this process's part."""
+
+    def units(self, count: int, needs: Mapping[int, Sequence[int]]) -> Iterator[int]:
+        """The units that this process is to do, until all are done or :meth:`close` is called.
+
+        Args:
+            count: of all units.
+            needs: the last units -> those that have to be done before.
+        """
+
+    def done(self, unit: int) -> None:
+        """A unit's receipt is on the disk."""
+
+    def stop(self, error: BaseException) -> None:
+        """Tell everybody of an error; rank 0 waits until nobody else works any more."""
+
+    def count(self, what: str, number: int) -> int:
+        """Add to what all processes count together; the sum so far."""
+
+    def close(self) -> None:
+        """End :meth:`units`, from any thread."""
+
+
+class Alone:
+    """The only process does everything, in order.
+
+    Args:
+        progress: told of it.
+    """
+
+    rank = 0
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self._counts: Counter[str] = Counter()
+        self._done: set[int] = set()
+        self._changed = Condition()
+        self._closed = False
+
+    def units(self, count: int, needs: Mapping[int, Sequence[int]]) -> Iterator[int]:
+        for unit in range(count):
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._done.issuperset(needs.get(unit, ())))  # noqa: B023
+            if self._closed:
+                return
+            yield unit
+
+    def done(self, unit: int) -> None:
+        with self._changed:
+            self._done.add(unit)
+            self._changed.notify_all()
+
+    def stop(self, error: BaseException) -> None:
+        """There is nobody else."""
+
+    def count(self, what: str, number: int) -> int:
+        self._counts[what] += number
+        return self._counts[what]
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
+class Shared:
+    """One of several processes. Leaving ``with`` tells the others how it ended; rank 0 leaves last.
+
+    Args:
+        store: a ``torch.distributed.Store`` that all of them reach.
+        rank: which of them this is.
+        job: what they do together: SHA-256 of the plan.
+        progress: told of everybody's bytes.
+    """
+
+    def __init__(self, store: Any, rank: Rank, job: str, progress: Progress) -> None:
+        _calls[job] += 1  # everybody's alike: one program may ask for the same work twice
+        self._root = _Keys(store).below(f"pissa-hub/{rank.attempt}/{job}/{_calls[job]}")
+        self._store = self._root
+        self.rank, self.processes = rank.rank, rank.world_size
+        self._rank = rank
+        self._name = f"{rank.rank}.{os.getpid()}.{secrets.token_hex(4)}"
+        self._closed = Event()
+        self._left = Event()
+        self._failure: PissaHubError | None = None
+        self._heartbeats: dict[str, tuple[int, float]] = {}
+        self._pulse = Thread(target=self._beat, name="heartbeat", daemon=True)
+        self.progress = _Sum(progress, self.check)
+
+    def __enter__(self) -> Shared:
+        if self._rank.leads:
+            self._store = self._root.below(str(self._root.add("round", 1)))
+            self._store.set("leader", self._name)
+            self._pulse.start()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, *_: object) -> None:
+        with suppress(PeerError):  # the store is gone, so nobody is there to be told
+            if self._pulse.is_alive():
+                self._leave(error)
+        self._left.set()
+
+    def open(self, opening: Mapping[str, Any]) -> None:
+        """Rank 0: let the others begin; ``opening`` is what :meth:`join` gives them."""
+        self._store.set("opened", json.dumps(opening))
+
+    def join(self) -> Mapping[str, Any] | None:
+        """Another rank: wait until work begins; what rank 0 said then, or None if all is finished.
+
+        Raises:
+            PeerError: rank 0 does not come.
+            PissaHubError: what stopped it.
+        """
+        patience, number = _Patience(JOIN_SECONDS), None
+        while not patience.is_over:
+            if (found := self._root.get("round")) is not None:
+                if found != number:
+                    # One that failed may be that of processes that were all stopped to be started anew.
+                    number, renewal = found, _Patience(GRACE_SECONDS)
+                    self._store = self._root.below(number)
+                opened, ended, failed = (self._store.get(key) for key in ("opened", "ended", "failed"))
+                is_over = ended is not None and (failed is None or renewal.is_over)
+                if is_over or (ended is None and opened and self._has_moved(self._store.get("leader"))):
+                    self._store.append("joined", self._name)
+                    self._pulse.start()
+                    self._hear()
+                    self.check()
+                    opening: Mapping[str, Any] | None = None if is_over else json.loads(str(opened))
+                    return opening
+            time.sleep(_POLL_SECONDS)
+        raise PeerError("rank 0 has not begun", "give every rank the same command and look at its output")
+
+    def wait_for_end(self) -> None:
+        """Another rank: until rank 0 is through. Raises PissaHubError if it failed."""
+        leader = str(self._store.get("leader"))
+        while self._store.get("ended") is None:
+            self.check()
+            if not self._is_alive(leader):
+                raise PeerError("rank 0 has died", _AGAIN)
+            time.sleep(_POLL_SECONDS)
+        self._hear()
+        self.check()
+
+    def units(self, count: int, needs: Mapping[int, Sequence[int]]) -> Iterator[int]:
+        at_once = count - len(needs)
+        while not self._closed.is_set() and (unit := self._store.add("next", 1) - 1) < at_once:
+            self.check()
+            if self._take(unit, ""):
+                yield unit
+        unclaimed = _Patience(GRACE_SECONDS)
+        while not self._closed.is_set():
+            self.check()
+            done = {int(unit) for unit in self._store.names("done")}
+            missing = [unit for unit in range(count) if unit not in done]
+            if not missing:
+                return
+            ready = (unit for unit in missing if done.issuperset(needs.get(unit, ())))
+            unit = next((unit for unit in ready if self._inherit(unit, unit >= at_once or unclaimed.is_over)), -1)
+            if unit < 0:
+                self._closed.wait(_POLL_SECONDS)
+            else:
+                yield unit
+
+    def done(self, unit: int) -> None:
+        self._store.append("done", str(unit))
+
+    def check(self) -> None:
+        """Raises what stopped another process."""
+        if self._failure is not None:
+            raise self._failure
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def count(self, what: str, number: int) -> int:
+        return self._store.add(f"count/{what}", number)
+
+    def bury(self, rank: int, process: int) -> None:
+        """Rank 0: such a process is known to be dead."""
+        self._store.append("dead", f"{rank}.{process}")
+
+    def stop(self, error: BaseException) -> None:
+        if self._failure is None:
+            self._store.swap("failed", "", json.dumps(_told(error, self._rank.rank)))
+        if self._rank.leads and not isinstance(error, KeyboardInterrupt):
+            self._wait_for_others()
+
+    def _leave(self, error: BaseException | None) -> None:
+        if error is not None:
+            self.stop(error)
+        if self._rank.leads:
+            self._store.set("ended", "1")
+            if error is None:
+                self._wait_for_others(GRACE_SECONDS if self._rank.hosts_store else 0)
+            return
+        self._store.append("left", self._name)
+        if error is not None and not isinstance(error, KeyboardInterrupt):
+            # Whoever started the processes stops rank 0 when this one fails, and it may have to tidy up.
+            leader = str(self._store.get("leader"))
+            while self._store.get("ended") is None and self._is_alive(leader):
+                time.sleep(_POLL_SECONDS)
+
+    def _wait_for_others(self, late: float = 0) -> None:
+        """Until those who joined have left or died; ``late`` seconds for those who have not joined."""
+        patience = _Patience(late)
+        while True:
+            joined, left, dead = (set(self._store.names(key)) for key in ("joined", "left", "dead"))
+            known = {process.partition(".")[0] for process in joined | dead}
+            if (patience.is_over or len(known) >= self._rank.world_size - 1) and not any(
+                map(self._is_alive, joined - left)
+            ):
+                return
+            time.sleep(_POLL_SECONDS)
+
+    def _take(self, unit: int, owner: str) -> bool:
+        return self._store.swap(f"owner/{unit}", owner, self._name) == self._name
+
+    def _inherit(self, unit: int, is_free: bool) -> bool:
+        """Take a unit that nobody has, if it ``is_free`` then, or whose process is dead."""
+        owner = self._store.get(f"owner/{unit}")
+        if owner is None:
+            return is_free and self._take(unit, "")
+        return owner != self._name and not self._is_alive(owner) and self._take(unit, owner)
+
+    def _has_moved(self, process: str | None) -> bool:
+        """Whether a process has shown a sign of life since it was first looked at."""
+        if process is None:
+            return False
+        beat = self._store.add(f"alive/{process}", 0)
+        return beat != self._heartbeats.setdefault(process, (beat, time.monotonic()))[0]
+
+    def _is_alive(self, process: str) -> bool:
+        if process.rpartition(".")[0] in self._store.names("dead"):
+            return False
+        beat, now = self._store.add(f"alive/{process}", 0), time.monotonic()
+        if self._heartbeats.get(process, (None,))[0] != beat:
+            self._heartbeats[process] = (beat, now)
+        return now - self._heartbeats[process][1] < GRACE_SECONDS
+
+    def _beat(self) -> None:
+        while not self._left.is_set():
+            try:
+                self._store.add(f"alive/{self._name}", 1)
+                self.progress.show(self.count("bytes", self.progress.take()))
+                self._hear()
+            except PeerError as error:
+                self._failure = self._failure or error
+                return
+            self._left.wait(HEARTBEAT_SECONDS)
+
+    def _hear(self) -> None:
+        failed = self._store.get("failed")
+        if failed is not None and self._failure is None:
+            self._failure = _heard(json.loads(failed))
+
+
+class _Keys:
+    """A store's keys below a prefix; whatever is asked of a store that is gone raises PeerError."""
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+
+    def below(self, prefix: str) -> _Keys:
+        from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+
+        return _Keys(PrefixStore(prefix, self._store))
+
+    def get(self, key: str) -> str | None:
+        """A value, None if there is none yet."""
+        with _reaching():
+            return str(self._store.get(key).decode()) if self._store.check([key]) else None
+
+    def set(self, key: str, value: str) -> None:
+        with _reaching():
+            self._store.set(key, value)
+
+    def swap(self, key: str, old: str, new: str) -> str:
+        """Set a value if it is ``old``, or not there and ``old`` is empty; what it is then."""
+        with _reaching():
+            return str(self._store.compare_set(key, old, new).decode())
+
+    def add(self, key: str, number: int) -> int:
+        """Add to a number, 0 at first; the sum."""
+        with _reaching():
+            return int(self._store.add(key, number))
+
+    def append(self, key: str, name: str) -> None:
+        """Add to a list."""
+        with _reaching():
+            self._store.append(key, f"{name},")
+
+    def names(self, key: str) -> list[str]:
+        """The list."""
+        return (self.get(key) or "").split(",")[:-1]
+
+
+@contextmanager
+def _reaching() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError:
+        raise PeerError("the rendezvous store is gone, as if rank 0 had died", _AGAIN) from None
+
+
+class _Sum:
+    """Progress of all processes together; whoever begins a weight hears here that another process failed."""
+
+    def __init__(self, progress: Progress, check: Callable[[], None]) -> None:
+        self._progress = progress
+        self._check = check
+        self._lock = Lock()
+        self._expected = self._shown = self._own = 0
+
+    def expect(self, nbytes: int) -> None:
+        self._expected += nbytes
+        self._progress.expect(nbytes)
+
+    def working_on(self, weight: str) -> None:
+        self._check()
+        self._progress.working_on(weight)
+
+    def advance(self, nbytes: int) -> None:
+        with self._lock:
+            self._own += nbytes
+
+    def note(self, text: str) -> None:
+        self._progress.note(text)
+
+    def take(self) -> int:
+        """Own bytes since the last call."""
+        with self._lock:
+            own, self._own = self._own, 0
+        return own
+
+    def show(self, total: int) -> None:
+        """Everybody's bytes; those of a process that died are counted twice."""
+        total = min(total, self._expected)
+        self._progress.advance(max(total - self._shown, 0))
+        self._shown = max(total, self._shown)
+
+
+class _Patience:
+    """A time that runs out."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+
+    @property
+    def is_over(self) -> bool:
+        return time.monotonic() >= self._end
+
+
+def host_store() -> Any:
+    """A store on this machine, for processes that are still to be started; ``port`` says where."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def reach_store(rank: Rank) -> Any:
+    """The store that the environment names; rank 0 serves it unless torchrun does.
+
+    Raises:
+        PeerError: it cannot be reached, or not be served.
+    """
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    timeout = timedelta(seconds=JOIN_SECONDS)
+    try:
+        return TCPStore(rank.address, rank.port, is_master=rank.hosts_store, wait_for_workers=False, timeout=timeout)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        place = f"{rank.address}:{rank.port}"
+        raise PeerError(f"the rendezvous store at {place} cannot be reached ({reason})", "look at rank 0") from None
+
+
+def _told(error: BaseException, rank: int) -> dict[str, str]:
+    if isinstance(error, PissaHubError):
+        return {"kind": type(error).__name__, "fact": error.fact, "remedy": error.remedy}
+    what = "was interrupted" if isinstance(error, KeyboardInterrupt) else f"stopped ({type(error).__name__}: {error})"
+    return {"kind": "PeerError", "fact": f"rank {rank} {what}", "remedy": _AGAIN}
+
+
+def _heard(told: Mapping[str, str]) -> PissaHubError:
+    kind: type[PissaHubError] = getattr(errors, told["kind"])
+    return kind(told["fact"], told["remedy"])

@@ -1,0 +1,115 @@
+"""Which of several processes this is, as torchrun, SLURM's srun or ``--devices`` say in the environment."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pissa_hub.errors import PlanError
+
+# srun names no port: one that follows from the job and its step, among those that are free for anybody's use.
+_SLURM_PORTS = range(20000, 30000)
+_FIRST_HOST = re.compile(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,\[]*))?")
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One of several processes that run the same command.
+
+    Attributes:
+        rank: 0 to ``world_size`` - 1; rank 0 leads.
+        world_size: how many there are to be.
+        local_rank: position on its machine.
+        address, port: of the rendezvous store.
+        hosts_store: whether this process is the store's server; under torchrun the agent is.
+        attempt: how often torchrun has started the processes anew.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    address: str
+    port: int
+    hosts_store: bool
+    attempt: int = 0
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def environment(self) -> dict[str, str]:
+        """The variables from which :func:`find_rank` makes it again, in a process that is not the server."""
+        return {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_RANK": str(self.local_rank),
+            "MASTER_ADDR": self.address,
+            "MASTER_PORT": str(self.port),
+        }
+
+
+def find_rank(environment: Mapping[str, str] | None = None) -> Rank | None:
+    """This process among several; None if it is the only one.
+
+    ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT`` as torch.distributed has them; without
+    ``RANK``, what SLURM sets in a step of several tasks, and there alone: a batch script is one process, whatever its
+    job was given.
+
+    Args:
+        environment: the process's own by default.
+
+    Raises:
+        PlanError: the variables are not what they should be.
+    """
+    found = dict(os.environ if environment is None else environment)
+    if "RANK" not in found and "SLURM_STEP_NUM_TASKS" in found:
+        found = {**_from_slurm(found), **found}
+    if "RANK" not in found or found.get("WORLD_SIZE", "1") == "1":
+        return None
+    rank, world_size = _natural(found, "RANK"), _natural(found, "WORLD_SIZE")
+    if rank >= world_size:
+        raise PlanError(f"RANK {rank} of WORLD_SIZE {world_size} cannot be", "set RANK from 0 to WORLD_SIZE - 1")
+    if not found.get("MASTER_ADDR"):
+        raise PlanError("RANK is set, but MASTER_ADDR is not", "start with torchrun, or set both")
+    return Rank(
+        rank=rank,
+        world_size=world_size,
+        local_rank=_natural({"LOCAL_RANK": "0", **found}, "LOCAL_RANK"),
+        address=found["MASTER_ADDR"],
+        port=_natural(found, "MASTER_PORT"),
+        hosts_store=rank == 0 and found.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+        attempt=_natural({"TORCHELASTIC_RESTART_COUNT": "0", **found}, "TORCHELASTIC_RESTART_COUNT"),
+    )
+
+
+def is_heard() -> bool:
+    """Whether what this process prints is what its user reads: of several, rank 0 speaks for all."""
+    rank = find_rank()
+    return rank is None or rank.leads
+
+
+def _from_slurm(found: Mapping[str, str]) -> dict[str, str]:
+    """torch.distributed's variables for a step that srun started; the store is on the step's first machine."""
+    job, step = (_natural({name: "0", **found}, name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    return {
+        "RANK": found.get("SLURM_PROCID", ""),
+        "WORLD_SIZE": found["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": found.get("SLURM_LOCALID", "0"),
+        "MASTER_ADDR": _first_host(found.get("SLURM_STEP_NODELIST", "")),
+        "MASTER_PORT": str(_SLURM_PORTS[(job * 16 + step) % len(_SLURM_PORTS)]),
+    }
+
+
+def _first_host(nodes: str) -> str:
+    """The first name of a SLURM host list: ``gpu[03-05,9]-a,x`` begins with ``gpu03-a``."""
+    found = _FIRST_HOST.match(nodes)
+    return "".join(part or "" for part in found.groups()) if found else ""
+
+
+def _natural(variables: Mapping[str, str], name: str) -> int:
+    value = variables.get(name, "")
+    if not (value.isascii() and value.isdecimal() and len(value) < 10):
+        raise PlanError(f"{name}={value!r} in the environment is not a number", f"set {name}, or start with torchrun")
+    return int(value)
