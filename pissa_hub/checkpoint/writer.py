@@ -17,13 +17,16 @@ from io import FileIO
 from pathlib import Path
 
 from pissa_hub.checkpoint.header import Header
-from pissa_hub.checkpoint.reader import feed, reading
+from pissa_hub.checkpoint.reader import Digest, feed, reading
 from pissa_hub.errors import CheckpointError, OutputError
 
 _WRITE_BYTES = 1 << 20  # small enough that the hash finds the bytes still in cache
 _COPY_BYTES = 64 << 20
 _WRITE_BACK_BYTES = 64 << 20
 _FICLONE = 0x40049409  # linux/fs.h
+_FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "disk quota exceeded"}
+# What a folder that can be written may answer to fsync: not to be read, or nothing of the kind on this file system.
+_UNSYNCABLE = frozenset({errno.EACCES, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,27 @@ class FileDigest:
     sha256: str
 
 
+@contextmanager
+def writing(path: Path, needed: int = 0) -> Iterator[None]:
+    """Turn a failure of the system into the error that names ``path``; ``needed`` bytes were to be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            room = f" for {needed} bytes" if needed else ""
+            fact = f"{path}: {_FULL[error.errno]}{room} ({_free(path)} free)"
+            raise OutputError(fact, "free some space or choose another output folder") from error
+        fact = f"{path} cannot be written: {error.strerror}"
+        raise OutputError(fact, "check the folder, its permissions and the disk") from error
+
+
+def _free(path: Path) -> str:
+    """Bytes that are free where ``path`` is or would be."""
+    with suppress(OSError):
+        return str(shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.exists())).free)
+    return "unknown"
+
+
 class _Partial:
     """The file beside the target; leaving ``with`` before :meth:`commit` removes it."""
 
@@ -42,12 +66,12 @@ class _Partial:
         self._path = target.with_name(f"{target.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
         self._unsynced = 0
         self._committed = False
-        with self.writing():
+        with writing(target):
             self.file = FileIO(self._path, "x+")
 
     def reserve(self, size: int) -> None:
         """Make the file ``size`` bytes long, allocated where the platform can: a full disk shows up now."""
-        with self.writing(size):
+        with writing(self._target, size):
             try:
                 os.posix_fallocate(self.file.fileno(), 0, size)
             except AttributeError:  # macOS, Windows
@@ -59,7 +83,7 @@ class _Partial:
 
     def write(self, data: memoryview) -> None:
         """Write all of ``data`` at the file's position."""
-        with self.writing(len(data)):
+        with writing(self._target, len(data)):
             while len(data):
                 count = self.file.write(data)
                 data = data[count:]
@@ -75,37 +99,33 @@ class _Partial:
             os.posix_fadvise(self.file.fileno(), start, self._unsynced, os.POSIX_FADV_DONTNEED)
         self._unsynced = 0
 
+    def read_back(self, digest: Digest, start: int) -> int:
+        """Add all from ``start`` on to ``digest``; returns how many bytes."""
+        with writing(self._target):
+            self.file.seek(start)
+            return feed(digest, self.file)
+
     def commit(self) -> None:
-        with self.writing():
+        with writing(self._target):
             os.fsync(self.file.fileno())
             self.file.close()
             self._path.replace(self._target)
             self._committed = True
-            _sync_folder(self._target.parent)
+            sync_folder(self._target.parent)
 
     def abort(self) -> None:
-        self.file.close()
+        """Remove the file, as far as a disk allows that may have failed altogether."""
+        with suppress(OSError):
+            self.file.close()
         if not self._committed:
-            self._path.unlink(missing_ok=True)
+            with suppress(OSError):
+                self._path.unlink()
 
     def __enter__(self) -> "_Partial":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.abort()
-
-    @contextmanager
-    def writing(self, needed: int = 0) -> Iterator[None]:
-        """Turn a failure of the system into the error that names the target."""
-        try:
-            yield
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                free = shutil.disk_usage(self._target.parent).free
-                fact = f"{self._target}: no space left for {needed} bytes ({free} free)"
-                raise OutputError(fact, "free some space or choose another output folder") from error
-            fact = f"{self._target} cannot be written: {error.strerror}"
-            raise OutputError(fact, "check the folder and its permissions") from error
 
 
 class ShardWriter:
@@ -166,8 +186,7 @@ class ShardWriter:
         # The header goes last: until now the file, though full-size, does not parse.
         self._partial.file.seek(0)
         self._partial.write(memoryview(self._header.raw))
-        self._partial.file.seek(self._hashed)
-        feed(self._digest, self._partial.file)
+        self._partial.read_back(self._digest, self._hashed)
         self._partial.commit()
         return FileDigest(self._header.file_size, self._digest.hexdigest())
 
@@ -206,9 +225,7 @@ def copy_file_atomic(source: Path, target: Path) -> FileDigest:
             _copy_in_kernel(original, partial.file)
             while chunk := original.read(_WRITE_BYTES):
                 partial.write(memoryview(chunk))
-        partial.file.seek(0)
-        copied = feed(digest, partial.file)
-        if copied != size:
+        if partial.read_back(digest, 0) != size:
             raise CheckpointError(f"{source} changed while being copied", "leave the source alone and start again")
         partial.commit()
     return FileDigest(size, digest.hexdigest())
@@ -234,12 +251,25 @@ def _copy_in_kernel(source: FileIO, target: FileIO) -> None:
                 pass
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` durable, where folders can be synced."""
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, unless they are there; durable in either case. Raises OutputError."""
+    with writing(folder):
+        if not folder.is_dir():
+            make_folder(folder.parent)
+            folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)  # also where a run that was killed had made it
+
+
+def sync_folder(folder: Path) -> None:
+    """Make what was created, renamed and removed in ``folder`` durable, where folders can be synced."""
     if os.name == "nt":
         return
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _UNSYNCABLE:
+            raise

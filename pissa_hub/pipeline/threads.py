@@ -14,6 +14,8 @@ import torch
 T = TypeVar("T")
 R = TypeVar("R")
 _WAIT_SECONDS = 0.1
+# How long an interrupt waits for a sink.
+_LAST_SECONDS = 1.0
 
 
 class _StoppedError(Exception):
@@ -129,6 +131,7 @@ class Sink(Generic[T]):
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if is_interrupt(kind):
             self._channel.stopped.set()
+            self._thread.join(_LAST_SECONDS)  # or what it has in hand is left lying about
         else:
             with suppress(BaseException):  # on the way out of an error, the sink's own would only hide the first
                 self.close()

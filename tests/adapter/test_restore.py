@@ -170,8 +170,9 @@ def test_every_point_of_a_run_is_one_to_carry_on_from(
     snapshots: list[Path] = []
 
     def snapshot(descriptor: int) -> None:
-        target = tmp_path / f"{len(snapshots):03}"
-        snapshots.append(Path(shutil.copytree(tmp_path / "restored", target)))
+        if (tmp_path / "restored").exists():
+            target = tmp_path / f"{len(snapshots):03}"
+            snapshots.append(Path(shutil.copytree(tmp_path / "restored", target)))
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", snapshot)
@@ -187,7 +188,7 @@ def test_every_point_of_a_run_is_one_to_carry_on_from(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
-@pytest.mark.parametrize("kill_at", ["6", "20"])
+@pytest.mark.parametrize("kill_at", ["10", "23"])
 def test_kill_9_and_the_same_call_again(original: Path, decomposed: Path, tmp_path: Path, kill_at: str) -> None:
     arguments = [original, decomposed, tmp_path / "restored"]
     process = subprocess.run(
@@ -234,7 +235,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, call: int, run: Callable[[], object
 def test_full_disk_keeps_what_is_done(
     original: Path, decomposed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stop_at(monkeypatch, 7, lambda: restore(original, decomposed, tmp_path / "restored"))
+    stop_at(monkeypatch, 10, lambda: restore(original, decomposed, tmp_path / "restored"))
     assert restore(original, decomposed, tmp_path / "restored").carried_over > 0
     assert files_of(tmp_path / "restored") == files_of(decomposed)
 

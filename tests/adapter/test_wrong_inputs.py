@@ -457,7 +457,7 @@ def test_outputs_that_may_not_be_written(capfd: Capture, done: Trained, tmp_path
     (full / "mine").write_text("mine")
     assert f"{file} is not a folder" in refused(capfd, done.adapter, done.init, file)
     assert f"{full} is not empty" in refused(capfd, done.adapter, done.init, full)
-    assert f"{file / 'lora'} cannot be created" in refused(capfd, done.adapter, done.init, file / "lora")
+    assert f"{file} cannot be written: File exists" in refused(capfd, done.adapter, done.init, file / "lora")
 
 
 def test_the_adapters_own_folder_is_no_output(capfd: Capture, adapter: Path, done: Trained) -> None:

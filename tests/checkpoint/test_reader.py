@@ -234,3 +234,24 @@ def test_memory_stays_within_the_budget(steps: list[int]) -> None:
             held.pop(0).release()
         held.append(pool.acquire(pages * PAGE))
         assert pool.allocated <= max(10, pages) * PAGE or len(held) == 1
+
+
+def test_a_disk_that_gives_little_at_a_time(
+    shard: tuple[Path, dict[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Reluctant(reader.FileIO):
+        def readinto(self, buffer: memoryview) -> int:
+            return super().readinto(memoryview(buffer)[:7])
+
+        def read(self, size: int = -1) -> bytes:
+            return super().read(min(size, 7))
+
+    monkeypatch.setattr(reader, "FileIO", Reluctant)
+    path, tensors = shard
+    header = read_header(path)
+    with ShardReader(path, header) as opened:
+        for entry in header.entries:
+            buffer = memoryview(bytearray(entry.nbytes))
+            opened.read_into(entry, buffer)
+            assert bytes(buffer) == bytes_of(tensors[entry.name])
+        assert opened.sha256() == hashlib.sha256(path.read_bytes()).hexdigest()

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from pissa_hub.checkpoint import writer
 from pissa_hub.checkpoint.header import Header, TensorSpec, build_header, read_header
-from pissa_hub.checkpoint.writer import FileDigest, ShardWriter, copy_file_atomic, write_file_atomic
+from pissa_hub.checkpoint.writer import FileDigest, ShardWriter, copy_file_atomic, make_folder, write_file_atomic
 from pissa_hub.errors import CheckpointError, OutputError
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="Linux's system calls")
@@ -315,3 +315,90 @@ def test_copy_of_nothing(tmp_path: Path) -> None:
     (tmp_path / "source").write_bytes(b"1")
     with pytest.raises(OutputError, match="target cannot be written: No such file"):
         copy_file_atomic(tmp_path / "source", tmp_path / "absent" / "target")
+
+
+@linux_only
+def test_folders_are_made_durable_each_in_the_one_above(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(Path(f"/proc/self/fd/{descriptor}").readlink()))
+    make_folder(tmp_path / "a" / "b" / "c")
+    assert (tmp_path / "a" / "b" / "c").is_dir()
+    assert synced[-3:] == [tmp_path, tmp_path / "a", tmp_path / "a" / "b"]
+    synced.clear()
+    make_folder(tmp_path / "a" / "b" / "c")
+    assert synced == [tmp_path / "a" / "b"], "whoever made it may have been killed before that"
+
+
+def test_a_folder_where_a_file_is(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"")
+    for folder in (tmp_path / "a", tmp_path / "a" / "b"):
+        with pytest.raises(OutputError, match=f"^{tmp_path / 'a'} cannot be written: "):
+            make_folder(folder)
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EINVAL, errno.EOPNOTSUPP])
+def test_folders_that_cannot_be_synced_are_left_to_the_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def refused(path: Path, *rest: int) -> int:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "open", refused)
+    assert write_file_atomic(tmp_path / "x", b"1") == digest_of(tmp_path / "x")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no folder is synced")
+def test_a_folder_that_fails_to_sync_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failed(path: Path, *rest: int) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "open", failed)
+    with pytest.raises(OutputError, match="x cannot be written: Input/output error; check the folder, its permissions"):
+        write_file_atomic(tmp_path / "x", b"1")
+
+
+@pytest.mark.parametrize(("code", "said"), [(errno.ENOSPC, "no space left"), (errno.EDQUOT, "disk quota exceeded")])
+def test_a_disk_that_is_full_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, said: str) -> None:
+    def full(_: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match=rf"x: {said} \(\d+ free\); free some space or choose another output folder"):
+        write_file_atomic(tmp_path / "x", b"1")
+    assert names_in(tmp_path) == []
+
+
+def test_the_first_error_is_the_one_that_is_told(
+    tmp_path: Path, header: Header, tensors: dict[str, memoryview], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that can no longer be written gives up the unfinished file only with an error of its own."""
+
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "fsync", refused)
+    monkeypatch.setattr(Path, "unlink", refused)
+    shard = ShardWriter(tmp_path / "model.safetensors", header)
+    for name, data in tensors.items():
+        shard.write(name, data)
+    with pytest.raises(OutputError, match=r"model\.safetensors cannot be written: Read-only file system"), shard:
+        shard.commit()
+
+
+def test_what_cannot_be_read_back_is_an_error_of_the_output(
+    tmp_path: Path, header: Header, tensors: dict[str, memoryview], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing(writer.FileIO):
+        def readinto(self, buffer: memoryview) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+    (tmp_path / "source").write_bytes(b"1")
+    monkeypatch.setattr(writer, "FileIO", Failing)
+    shard = ShardWriter(tmp_path / "model.safetensors", header)
+    for name in reversed(tensors):
+        shard.write(name, tensors[name])
+    with pytest.raises(OutputError, match=r"model\.safetensors cannot be written: Input/output error"), shard:
+        shard.commit()
+    with pytest.raises(OutputError, match="copy cannot be written: Input/output error"):
+        copy_file_atomic(tmp_path / "source", tmp_path / "copy")
+    assert names_in(tmp_path) == ["source"]
