@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pissa_hub
+from pissa_hub.progress import Silent
 
 from .conftest import SHARDED, Factory
 from .helpers import ADAPTER, files_of, tensors_of
@@ -76,3 +77,31 @@ def test_load_changes_weights_on_a_gpu_to_the_residuals_on_disk(
         found = parameters.get(name.replace("_proj.weight", "_proj.base_layer.weight"), parameters.get(name))
         assert found is not None, name
         assert torch.equal(found.detach().cpu(), weight), name
+
+
+def test_processes_on_gpus_give_the_bytes_of_one(tiny_checkpoint: Factory, tmp_path: Path) -> None:
+    """All on one GPU here; each takes another where there are several."""
+    source = tiny_checkpoint(shard_size=SHARDED)
+    pissa_hub.decompose(source, tmp_path / "one", rank=4, device="cuda:0")
+    pissa_hub.decompose(source, tmp_path / "two", rank=4, devices="cuda:0,cuda:0")
+    assert files_of(tmp_path / "two") == files_of(tmp_path / "one")
+
+
+def test_a_weight_that_the_gpu_has_no_room_for_is_done_on_the_cpu(tiny_checkpoint: Factory, tmp_path: Path) -> None:
+    """The memory is really full, by a limit on this process."""
+    source, notes = tiny_checkpoint(shard_size=SHARDED), []
+
+    class Notes(Silent):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1e-9, 0)
+    try:
+        outcome = pissa_hub.decompose(source, tmp_path / "out", rank=4, device="cuda:0", progress=Notes())
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, 0)
+    assert len(notes) == len(outcome.manifest.weights)
+    assert all("does not fit in the memory of cuda:0; it was done on the CPU" in note for note in notes)
+    assert str(outcome.manifest.environment["device"]).startswith("cpu")
+    assert pissa_hub.verify(tmp_path / "out", source, sample=-1).is_sound
