@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pissa_hub
+from pissa_hub.pipeline.decompose import plan_decomposition, run
+from pissa_hub.pipeline.settings import Settings
 from pissa_hub.progress import Silent
 
 from .conftest import SHARDED, Factory
@@ -95,10 +97,11 @@ def test_a_weight_that_the_gpu_has_no_room_for_is_done_on_the_cpu(tiny_checkpoin
         def note(self, text: str) -> None:
             notes.append(text)
 
+    plan = plan_decomposition(source, Settings(rank=4))
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(1e-9, 0)
     try:
-        outcome = pissa_hub.decompose(source, tmp_path / "out", rank=4, device="cuda:0", progress=Notes())
+        outcome = run(plan, tmp_path / "out", [torch.device("cuda:0")], Notes())
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, 0)
     assert len(notes) == len(outcome.manifest.weights)
