@@ -24,7 +24,6 @@ class Rank:
         local_rank: position on its machine.
         address, port: of the rendezvous store.
         hosts_store: whether this process is the store's server; under torchrun the agent is.
-        attempt: how often torchrun has started the processes anew.
     """
 
     rank: int
@@ -33,7 +32,6 @@ class Rank:
     address: str
     port: int
     hosts_store: bool
-    attempt: int = 0
 
     @property
     def leads(self) -> bool:
@@ -64,7 +62,7 @@ def find_rank(environment: Mapping[str, str] | None = None) -> Rank | None:
         PlanError: the variables are not what they should be.
     """
     found = dict(os.environ if environment is None else environment)
-    if "RANK" not in found and "SLURM_STEP_NUM_TASKS" in found:
+    if "RANK" not in found and found.get("SLURM_STEP_NUM_TASKS", "1") != "1":
         found = {**_from_slurm(found), **found}
     if "RANK" not in found or found.get("WORLD_SIZE", "1") == "1":
         return None
@@ -72,7 +70,7 @@ def find_rank(environment: Mapping[str, str] | None = None) -> Rank | None:
     if rank >= world_size:
         raise PlanError(f"RANK {rank} of WORLD_SIZE {world_size} cannot be", "set RANK from 0 to WORLD_SIZE - 1")
     if not found.get("MASTER_ADDR"):
-        raise PlanError("RANK is set, but MASTER_ADDR is not", "start with torchrun, or set both")
+        raise PlanError("RANK is set, but MASTER_ADDR is not", "start with torchrun, or set both, or none")
     return Rank(
         rank=rank,
         world_size=world_size,
@@ -80,14 +78,22 @@ def find_rank(environment: Mapping[str, str] | None = None) -> Rank | None:
         address=found["MASTER_ADDR"],
         port=_natural(found, "MASTER_PORT"),
         hosts_store=rank == 0 and found.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-        attempt=_natural({"TORCHELASTIC_RESTART_COUNT": "0", **found}, "TORCHELASTIC_RESTART_COUNT"),
     )
 
 
 def is_heard() -> bool:
     """Whether what this process prints is what its user reads: of several, rank 0 speaks for all."""
-    rank = find_rank()
+    try:
+        rank = find_rank()
+    except PlanError:  # said by whoever shares work
+        return True
     return rank is None or rank.leads
+
+
+def local_rank() -> int:
+    """Position among the processes on this machine; 0 if that is not said."""
+    value = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or ""
+    return int(value) if value.isascii() and value.isdecimal() else 0
 
 
 def _from_slurm(found: Mapping[str, str]) -> dict[str, str]:
@@ -110,6 +116,6 @@ def _first_host(nodes: str) -> str:
 
 def _natural(variables: Mapping[str, str], name: str) -> int:
     value = variables.get(name, "")
-    if not (value.isascii() and value.isdecimal() and len(value) < 10):
+    if not (value.isascii() and value.isdecimal() and len(value) <= 20):
         raise PlanError(f"{name}={value!r} in the environment is not a number", f"set {name}, or start with torchrun")
     return int(value)

@@ -14,7 +14,6 @@ TORCHRUN = {
     "MASTER_ADDR": "node1",
     "MASTER_PORT": "29500",
     "TORCHELASTIC_USE_AGENT_STORE": "True",
-    "TORCHELASTIC_RESTART_COUNT": "2",
 }
 SRUN = {
     "SLURM_PROCID": "0",
@@ -27,7 +26,7 @@ SRUN = {
 
 
 def test_torchrun() -> None:
-    assert find_rank(TORCHRUN) == Rank(3, 8, 1, "node1", 29500, hosts_store=False, attempt=2)
+    assert find_rank(TORCHRUN) == Rank(3, 8, 1, "node1", 29500, hosts_store=False)
     leader = find_rank({**TORCHRUN, "RANK": "0"})
     assert leader is not None
     assert leader.leads
@@ -81,6 +80,7 @@ def test_first_host_of_a_list(nodes: str, first: str) -> None:
         # A batch script: its job has tasks, but it is none of them.
         {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "5", "SLURM_NODELIST": "a[1-2]"},
         {**SRUN, "SLURM_STEP_NUM_TASKS": "1"},
+        {**SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_ID": "4294967290", "SLURM_JOB_ID": "none"},  # of salloc
     ],
 )
 def test_one_process_is_alone(environment: dict[str, str]) -> None:
@@ -94,7 +94,7 @@ def test_one_process_is_alone(environment: dict[str, str]) -> None:
         ({"RANK": "-1"}, "RANK='-1' in the environment is not a number"),
         ({"WORLD_SIZE": "many"}, "WORLD_SIZE='many'"),
         ({"WORLD_SIZE": ""}, "WORLD_SIZE=''"),
-        ({"MASTER_PORT": "9" * 20}, "MASTER_PORT='9999"),
+        ({"MASTER_PORT": "9" * 21}, "MASTER_PORT='9999"),
         ({"MASTER_ADDR": ""}, "RANK is set, but MASTER_ADDR is not; start with torchrun"),
     ],
 )

@@ -34,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it prints a stack when another process is gone
     with suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGTERM, _terminate)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, _interrupt)
     try:
         cli.main(args=None if arguments is None else list(arguments), prog_name="pissa-hub", standalone_mode=False)
     except click.exceptions.Exit as error:
@@ -63,9 +65,14 @@ def _terminate(*_: object) -> NoReturn:
     raise _Terminated
 
 
+def _interrupt(*_: object) -> NoReturn:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))  # whoever presses twice means it
+    raise KeyboardInterrupt
+
+
 def _leave(code: int) -> NoReturn:
     """Exit, without the minutes that a thread may need for the weight that it has in hand."""
-    if all(thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
+    if threading.active_count() == 1:
         sys.exit(code)
     sys.stdout.flush()
     sys.stderr.flush()

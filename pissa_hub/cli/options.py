@@ -49,11 +49,16 @@ def require_one_of_the_device_options(context: click.Context) -> None:
 
 
 def print_notes(notes: Iterable[str]) -> None:
-    for note in notes if is_heard() else ():
+    for note in notes if _speaks() else ():
         click.echo(f"note: {one_line(note)}", err=True)
 
 
 def print_result(output_format: str, result: dict[str, Any], text: Callable[[], str]) -> None:
     """One JSON object, or the text, made only if it is asked for."""
-    if is_heard():
+    if _speaks():
         click.echo(json.dumps(result) if output_format == "json" else text())
+
+
+def _speaks() -> bool:
+    """Of several processes only rank 0, in a command that they share; others are run by each for itself."""
+    return "devices" not in click.get_current_context().params or is_heard()

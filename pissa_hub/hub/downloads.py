@@ -45,28 +45,20 @@ class Downloads:
     def __iter__(self) -> Iterator[Path]:
         self._tidy()
         names = iter(self.names)
-        download = self._start(names)
+        download = _Download(self.repository, names, self.work, self._stopped)
         try:
-            while download is not None:
-                path, folder = download.result(), download.folder
-                download = self._start(names)
+            while (path := download.result()) is not None:
+                folder = download.folder
+                download = _Download(self.repository, names, self.work, self._stopped)
                 yield path
                 if folder is not None:
                     shutil.rmtree(folder, ignore_errors=True)
         finally:
             self.close()
-            if download is not None:
-                download.join(_GRACE_SECONDS)
+            download.join(_GRACE_SECONDS)
 
     def close(self) -> None:
         self._stopped.set()
-
-    def _start(self, names: Iterator[str]) -> _Download | None:
-        name = next(names, None)
-        if name is None:
-            return None
-        folder = None if self.work is None else _folder(self.work, name)
-        return _Download(self.repository, name, folder, self._stopped)
 
     def _tidy(self) -> None:
         """Keep of an interrupted run only what comes next."""
@@ -82,32 +74,37 @@ class Downloads:
 
 
 class _Download(Thread):
-    """One shard on its way."""
+    """One shard on its way, if there is one more: even to ask for its name may take until the one before it is done."""
 
-    def __init__(self, repository: Repository, name: str, folder: Path | None, stopped: Event) -> None:
+    def __init__(self, repository: Repository, names: Iterator[str], work: Path | None, stopped: Event) -> None:
         super().__init__(name="download", daemon=True)
-        self.folder = folder
+        self.folder: Path | None = None
         self._repository = repository
-        self._name = name
+        self._names = names
+        self._work = work
         self._stopped = stopped
         self._path: Path | None = None
         self._error: BaseException | None = None
         self.start()
 
-    def result(self) -> Path:
-        """Where the shard lies. Raises what stopped the download."""
+    def result(self) -> Path | None:
+        """Where the shard lies; None if there is none. Raises what stopped the download."""
         while self.is_alive() and not self._stopped.is_set():
             self.join(_POLL_SECONDS)
         if self._error is not None:
             raise self._error
-        if self._path is None:
-            raise HubError(f"{self._name} is no longer waited for", "run the same command again to carry on")
+        if self.is_alive():
+            raise HubError("the download is no longer waited for", "run the same command again to carry on")
         return self._path
 
     def run(self) -> None:
         try:
-            self._path = self._repository.cached(self._name) or self._repository.fetch(
-                self._name, self.folder, _bar_that_stops(self._stopped), self._stopped.wait
+            name = next(self._names, None)
+            if name is None:
+                return
+            self.folder = None if self._work is None else _folder(self._work, name)
+            self._path = self._repository.cached(name) or self._repository.fetch(
+                name, self.folder, _bar_that_stops(self._stopped), self._stopped.wait
             )
         except BaseException as error:
             self._error = error

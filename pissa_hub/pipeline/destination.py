@@ -10,21 +10,30 @@ from pissa_hub.checkpoint.writer import FileDigest
 
 
 class Place(Protocol):
-    """Where the stream's finished shards go."""
+    """Where the stream's finished files go."""
+
+    def permits(self, name: str) -> bool:
+        """Whether a file that is written may take its name."""
+
+    def add(self, name: str, path: Path, digest: FileDigest) -> None:
+        """Take a finished file."""
+
+    def close(self) -> None:
+        """Let nobody wait in :meth:`add`, from any thread."""
+
+
+class Destination(Protocol):
+    """A place for all finished shards of a job."""
+
+    @property
+    def held(self) -> Mapping[str, FileDigest]:
+        """Files that are there and need not lie in the output folder."""
 
     def add(self, name: str, path: Path, digest: FileDigest) -> None:
         """Take a finished shard; its file may be gone afterwards. Raises HubError or OutputError."""
 
     def close(self) -> None:
         """Stop; from any thread, also while another one waits in :meth:`add`, which then gets an error."""
-
-
-class Destination(Place, Protocol):
-    """A place for all finished shards of a job."""
-
-    @property
-    def held(self) -> Mapping[str, FileDigest]:
-        """Files that are there and need not lie in the output folder."""
 
     def commit(self, folder: Path) -> Any:
         """The folder is finished: make what was added final, and return what there is to say of it."""
@@ -37,6 +46,9 @@ class InPlace:
     """The output folder itself."""
 
     held: Mapping[str, FileDigest] = {}
+
+    def permits(self, name: str) -> bool:
+        return True
 
     def add(self, name: str, path: Path, digest: FileDigest) -> None:
         """It lies where it shall."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pissa_hub.errors import PlanError
-from pissa_hub.ranks import find_rank
+from pissa_hub.ranks import local_rank
 
 if TYPE_CHECKING:
     from pissa_hub.pipeline.receipts import Receipt
@@ -28,9 +28,8 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    rank = find_rank()
-    if name == "cuda" and rank is not None:
-        name = f"cuda:{rank.local_rank % max(torch.cuda.device_count(), 1)}"
+    if name == "cuda":
+        name = f"cuda:{local_rank() % max(torch.cuda.device_count(), 1)}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -49,6 +48,7 @@ class Helpers(Shared):
         self._jobs = [replace(job, device=device) for device in devices]
         self._output = output
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._attendants: list[Thread] = []
         self._threads_before = torch.get_num_threads()
         self._on_cpu = max(sum(device.type == "cpu" for device in devices), 1)
 
@@ -61,9 +61,10 @@ class Helpers(Shared):
         try:
             super().__exit__(kind, error, *rest)
         finally:
-            for process in self._processes:
+            for process, attendant in zip(self._processes, self._attendants, strict=True):
                 process.kill()
                 process.wait()
+                attendant.join()
                 with suppress(OSError):  # it is gone, with what was still to be read
                     process.stdin.close()  # type: ignore[union-attr]
             torch.set_num_threads(self._threads_before)
@@ -74,9 +75,16 @@ class Helpers(Shared):
             environment = {**os.environ, **rank.environment(), "TORCH_CPP_LOG_LEVEL": "ERROR"}
             command = [sys.executable, "-m", __name__]
             # What a helper prints is nobody's result.
-            process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+            process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for this process, which stops it
+            )
             self._processes.append(process)
-            Thread(target=self._attend, args=(process, rank, job), daemon=True).start()
+            self._attendants.append(Thread(target=self._attend, args=(process, rank, job), daemon=True))
+            self._attendants[-1].start()
 
     def _attend(self, process: subprocess.Popen[bytes], rank: Rank, job: Any) -> None:
         assert process.stdin is not None
@@ -84,10 +92,10 @@ class Helpers(Shared):
             process.stdin.write(pickle.dumps(_Order(job, self._output)))
             process.stdin.flush()
         code = process.wait()
-        if code:
+        if code and not self._left.is_set():
             with suppress(PeerError):  # all is over
                 self.bury(rank.rank, process.pid)
-            if not self._left.is_set() and self._failure is None:
+            if self._failure is None:
                 how = f"signal {-code}" if code < 0 else f"exit code {code}"
                 self.progress.note(f"the process for {job.device} died ({how}); the others do its work")
 
@@ -104,8 +112,10 @@ def _main() -> None:
     """A helper's life."""
     from pissa_hub.pipeline.job import carry_out
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that stops this one
-    order: Any = pickle.load(sys.stdin.buffer)
+    try:
+        order: Any = pickle.load(sys.stdin.buffer)
+    except (EOFError, pickle.UnpicklingError):  # the other process died before it had said all
+        sys.exit(1)
     Thread(target=_go_with_the_other, daemon=True).start()
     try:
         carry_out(order.job, order.output)

@@ -28,6 +28,7 @@ from pissa_hub.errors import (
     ReadError,
     VerificationError,
 )
+from pissa_hub.pipeline import pieces
 from pissa_hub.pipeline.destination import Destination, InPlace
 from pissa_hub.pipeline.helpers import Helpers
 from pissa_hub.pipeline.pieces import bytes_read, divide, too_large
@@ -161,10 +162,10 @@ def _lead(
         if (output / job.marker).exists():  # another process was faster
             return _as_it_is(job, output, work, destination)
         _check_free(output, work, job.digest)
-        work.create(job.settings, job.pins)
+        run = work.create(job.settings, job.pins)
         _remove_partials(output)
         try:
-            receipts, carried_over = _make_all(job, output, work, schedule, destination)
+            receipts, carried_over = _make_all(job, output, work, schedule, destination, run)
         except (AdapterError, CheckpointError, MatrixError, VerificationError) as error:
             if not isinstance(error, ReadError):
                 schedule.stop(error)
@@ -184,7 +185,7 @@ def _follow(job: Job[W, R], output: Path, schedule: Shared) -> Done[R]:
     opening = schedule.join()
     if opening is not None:
         work = WorkFolder(output, job.digest)
-        if not _in_time(lambda: work.found_digest() == job.digest or (output / job.marker).exists()):
+        if not _in_time(lambda: work.found_run() == opening["run"] or schedule.is_done):
             raise OutputError(
                 f"{output} is not the folder that rank 0 writes",
                 "give every rank one folder on a disk that all of them see",
@@ -192,11 +193,15 @@ def _follow(job: Job[W, R], output: Path, schedule: Shared) -> Done[R]:
         threads = torch.get_num_threads()
         torch.set_num_threads(opening["threads"])  # the last bits depend on it
         try:
-            division = divide(job.shards, opening["cut"], largest_first=True)
+            division = divide(job.shards, opening["cut"], opening["piece"], largest_first=True)
             Share(job, output, work, schedule, InPlace()).do(division)
+        except (OutputError, ReadError):
+            if not schedule.is_done:  # or this process slept while the others finished, and its files are gone
+                raise
         finally:
             torch.set_num_threads(threads)
         schedule.wait_for_end()
+    _in_time((output / job.marker).exists)
     return Done(job.load(output), opening is None, 0)
 
 
@@ -209,7 +214,7 @@ def _as_it_is(job: Job[W, R], output: Path, work: WorkFolder, destination: Desti
 
 
 def _make_all(
-    job: Job[W, R], output: Path, work: WorkFolder, schedule: Alone | Shared, destination: Destination
+    job: Job[W, R], output: Path, work: WorkFolder, schedule: Alone | Shared, destination: Destination, run: str
 ) -> tuple[list[Receipt], int]:
     """Every shard's receipt, and how many of them an earlier run left."""
     done = frozenset(shard.name for shard in job.shards if work.read(shard.name))
@@ -221,16 +226,19 @@ def _make_all(
             to_cut.update(too_large(pending, schedule.processes))
         joined = sorted(shard.output.file_size for shard in pending if shard.name in to_cut)
         _check_space(output, job.disk_bytes(done) + sum(joined[-schedule.processes :]))
-        schedule.open({"cut": sorted(to_cut), "threads": torch.get_num_threads()})
-    division = divide(job.shards, to_cut, largest_first=isinstance(schedule, Shared))
+        threads = torch.get_num_threads()
+        schedule.open({"run": run, "threads": threads, "cut": sorted(to_cut), "piece": pieces.MIN_PIECE_BYTES})
+    division = divide(job.shards, to_cut, pieces.MIN_PIECE_BYTES, largest_first=isinstance(schedule, Shared))
     Share(job, output, work, schedule, destination).do(division)
     if isinstance(schedule, Shared):
         _in_time(lambda: all(is_there(shard, work, destination) for shard in job.shards))
         # Done, as the others said, but not to be seen from here.
         missing = [shard for shard in job.shards if not is_there(shard, work, destination)]
-        Share(job, output, work, Alone(schedule.progress), destination).do(divide(missing, (), largest_first=False))
+        Share(job, output, work, Alone(schedule.progress), destination).do(divide(missing))
         _remove_partials(output)  # of those that died
     receipts = [receipt for shard in job.shards if (receipt := work.read(shard.name))]
+    if len(receipts) < len(job.shards):
+        raise OutputError(f"{work.folder} lost receipts while it was worked in", "run the same command again")
     return receipts, schedule.count("carried", 0)
 
 
@@ -282,13 +290,14 @@ def _check_free(output: Path, work: WorkFolder, digest: str) -> None:
         return
     if not output.is_dir():
         raise OutputError(f"{output} is not a folder", "choose another one")
-    if work.exists:
+    is_bare = not any(map(work.is_foreign, output.iterdir()))
+    if work.exists and (work.is_of_a_run or is_bare):
         if work.found_digest() not in (None, digest):
             raise OutputError(
                 f"{output} holds the unfinished work of another plan",
                 "run that one's command again, choose another folder or remove it",
             )
-    elif any(output.iterdir()):
+    elif not is_bare:
         raise OutputError(f"{output} is not empty", "choose another folder")
 
 
@@ -304,7 +313,8 @@ def _check_space(output: Path, needed: int) -> None:
 def _remove_partials(output: Path) -> None:
     """What a killed run was writing when it stopped."""
     for path in output.rglob("*.partial"):
-        path.unlink(missing_ok=True)
+        if not path.is_dir():
+            path.unlink(missing_ok=True)
 
 
 def _remove_output(output: Path, work: WorkFolder, names: Collection[str], absent: Sequence[Path]) -> None:

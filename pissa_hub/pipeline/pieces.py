@@ -71,9 +71,9 @@ class Piece(Generic[W]):
         return _part_of(self.whole.adapter, names) if self.whole.adapter and names else None
 
 
-def cut(shard: PlannedShard[W]) -> list[Piece[W]]:
-    """The pieces of a shard, in file order; fewer than two if it is too small."""
-    size = max(MIN_PIECE_BYTES, shard.source.header.file_size // _MAX_PIECES)
+def cut(shard: PlannedShard[W], at_least: int) -> list[Piece[W]]:
+    """The pieces of a shard, in file order and as far as tensors allow ``at_least`` so many bytes each."""
+    size = max(at_least, shard.source.header.file_size // _MAX_PIECES)
     runs: list[list[TensorEntry]] = []
     room = 0
     for entry in shard.entries:
@@ -116,19 +116,25 @@ class Division(Generic[W]):
         return sorted(found, key=lambda piece: piece.number)
 
 
-def divide(shards: Iterable[PlannedShard[W]], to_cut: Container[str], *, largest_first: bool) -> Division[W]:
+def divide(
+    shards: Iterable[PlannedShard[W]],
+    to_cut: Container[str] = (),
+    at_least: int = MIN_PIECE_BYTES,
+    *,
+    largest_first: bool = False,
+) -> Division[W]:
     """Divide work.
 
     Args:
         shards: all that is to be done.
-        to_cut: names of those that are to be cut.
+        to_cut: names of those that are to be cut, into pieces of ``at_least`` so many bytes.
         largest_first: so that processes end at about the same time; else in the order of the shards.
     """
     units: list[PlannedShard[W] | Piece[W]] = []
     joins = []
     for shard in shards:
         if shard.name in to_cut:
-            units += cut(shard)
+            units += cut(shard, at_least)
             joins.append(shard)
         else:
             units.append(shard)
@@ -140,7 +146,7 @@ def divide(shards: Iterable[PlannedShard[W]], to_cut: Container[str], *, largest
 def too_large(shards: Sequence[PlannedShard[W]], processes: int) -> list[str]:
     """Names of the shards that would keep one process at work when the others are through."""
     share = sum(map(bytes_read, shards)) / processes
-    return [shard.name for shard in shards if bytes_read(shard) > share / 2 and len(cut(shard)) > 1]
+    return [shard.name for shard in shards if bytes_read(shard) > share / 2 and len(cut(shard, MIN_PIECE_BYTES)) > 1]
 
 
 def bytes_read(shard: PlannedShard[W]) -> int:

@@ -9,9 +9,10 @@ that a moved branch changes nothing.
 from __future__ import annotations
 
 import glob
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -30,6 +31,8 @@ WORK_FOLDER = ".pissa"
 _PLAN_NAME = "plan.json"
 _LOCK_NAME = "lock"
 _COMMITS = "commits"
+_RECEIPT = ".receipt.json"
+_DOOMED = ".partial"
 _NOTHING: Mapping[str, FileDigest] = {}
 
 
@@ -95,16 +98,43 @@ class WorkFolder:
         except (ValueError, KeyError, TypeError):
             return None
 
-    def create(self, settings: Mapping[str, Any], pins: Iterable[Pin] = ()) -> None:
-        """Make the folder and say in it which plan its work belongs to. Raises OutputError."""
+    def found_run(self) -> str | None:
+        """What the last :meth:`create` returned, wherever it was called; None if that cannot be told."""
+        try:
+            return str(read_sealed(self._folder / _PLAN_NAME)["run"])
+        except (ValueError, KeyError, TypeError):
+            return None
+
+    @property
+    def is_of_a_run(self) -> bool:
+        """Whether there is a plan, torn or not, or a receipt of this one: else the folder says nothing."""
+        return (self._folder / _PLAN_NAME).exists() or any(
+            self.read(path.name.removesuffix(_RECEIPT)) for path in self._folder.glob(f"*{_RECEIPT}")
+        )
+
+    def is_foreign(self, path: Path) -> bool:
+        """Whether something in the output folder is neither this folder nor what a removal of it left."""
+        return path != self._folder and not (path.name.startswith(f"{WORK_FOLDER}-") and path.suffix == _DOOMED)
+
+    def create(self, settings: Mapping[str, Any], pins: Iterable[Pin] = ()) -> str:
+        """Make the folder and say in it which plan its work belongs to.
+
+        Returns:
+            What nobody else's call returns.
+
+        Raises:
+            OutputError: it cannot be made.
+        """
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             fact = f"{self._output} cannot be created: {error.strerror}"
             raise OutputError(fact, "choose another folder or check the permissions") from error
         commits = {pin.key: pin.commit for pin in pins}
-        plan = {"digest": self._digest, "settings": settings, _COMMITS: commits}
+        run = secrets.token_hex(8)
+        plan = {"digest": self._digest, "settings": settings, _COMMITS: commits, "run": run}
         write_file_atomic(self._folder / _PLAN_NAME, sealed(plan))
+        return run
 
     def adapter_part(self, shard: str) -> Path:
         """Where a shard's share of the adapter waits to be assembled."""
@@ -176,10 +206,14 @@ class WorkFolder:
             yield
 
     def remove(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
+        """Remove the folder, or what an earlier removal left; never its plan alone."""
+        with suppress(OSError):
+            self._folder.rename(self._output / f"{WORK_FOLDER}-{secrets.token_hex(4)}{_DOOMED}")
+        for folder in self._output.glob(f"{WORK_FOLDER}-*{_DOOMED}"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _receipt_path(self, shard: str) -> Path:
-        return self._folder / f"{PurePosixPath(shard).name}.receipt.json"
+        return self._folder / f"{PurePosixPath(shard).name}{_RECEIPT}"
 
 
 @cache

@@ -24,7 +24,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from threading import Condition, Event, Lock, Thread
 from typing import Any, Protocol
@@ -40,6 +40,8 @@ GRACE_SECONDS = 20.0
 # How long to wait for a store or a rank 0 that has not come.
 JOIN_SECONDS = 300.0
 _POLL_SECONDS = 0.1
+_LAST_SECONDS = 5.0
+_ATTEMPT = timedelta(seconds=2)
 _AGAIN = "run the same command again to carry on"
 _calls: Counter[str] = Counter()
 
@@ -62,6 +64,9 @@ class Schedule(Protocol):
             count: of all units.
             needs: the last units -> those that have to be done before.
         """
+
+    def has(self, unit: int) -> bool:
+        """Whether a unit is still this process's, which was not taken for dead meanwhile."""
 
     def done(self, unit: int) -> None:
         """A unit's receipt is on the disk."""
@@ -100,6 +105,9 @@ class Alone:
                 return
             yield unit
 
+    def has(self, unit: int) -> bool:
+        return True
+
     def done(self, unit: int) -> None:
         with self._changed:
             self._done.add(unit)
@@ -130,8 +138,9 @@ class Shared:
 
     def __init__(self, store: Any, rank: Rank, job: str, progress: Progress) -> None:
         _calls[job] += 1  # everybody's alike: one program may ask for the same work twice
-        self._root = _Keys(store).below(f"pissa-hub/{rank.attempt}/{job}/{_calls[job]}")
+        self._root = _Keys(store).below(f"pissa-hub/{job}/{_calls[job]}")
         self._store = self._root
+        self._round = ""
         self.rank, self.processes = rank.rank, rank.world_size
         self._rank = rank
         self._name = f"{rank.rank}.{os.getpid()}.{secrets.token_hex(4)}"
@@ -144,16 +153,22 @@ class Shared:
 
     def __enter__(self) -> Shared:
         if self._rank.leads:
-            self._store = self._root.below(str(self._root.add("round", 1)))
+            self._round = str(self._root.add("round", 1))
+            self._store = self._root.below(self._round)
             self._store.set("leader", self._name)
             self._pulse.start()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, *_: object) -> None:
-        with suppress(PeerError):  # the store is gone, so nobody is there to be told
+        try:
             if self._pulse.is_alive():
                 self._leave(error)
-        self._left.set()
+        except PeerError:
+            pass  # the store is gone, so nobody is there to be told
+        finally:
+            self._left.set()
+            if self._pulse.ident is not None:
+                self._pulse.join(_LAST_SECONDS)  # a thread inside the store must not outlive the interpreter
 
     def open(self, opening: Mapping[str, Any]) -> None:
         """Rank 0: let the others begin; ``opening`` is what :meth:`join` gives them."""
@@ -166,16 +181,19 @@ class Shared:
             PeerError: rank 0 does not come.
             PissaHubError: what stopped it.
         """
-        patience, number = _Patience(JOIN_SECONDS), None
+        patience, number, heard = _Patience(JOIN_SECONDS), None, False
         while not patience.is_over:
             if (found := self._root.get("round")) is not None:
                 if found != number:
                     # One that failed may be that of processes that were all stopped to be started anew.
                     number, renewal = found, _Patience(GRACE_SECONDS)
-                    self._store = self._root.below(number)
+                    self._store, heard = self._root.below(number), False
                 opened, ended, failed = (self._store.get(key) for key in ("opened", "ended", "failed"))
                 is_over = ended is not None and (failed is None or renewal.is_over)
-                if is_over or (ended is None and opened and self._has_moved(self._store.get("leader"))):
+                if ended is None and self._has_moved(leader := self._store.get("leader")):
+                    patience, heard = _Patience(JOIN_SECONDS), True
+                    self._heartbeats.pop(str(leader))  # to be heard again
+                if is_over or (heard and ended is None and opened):
                     self._store.append("joined", self._name)
                     self._pulse.start()
                     self._hear()
@@ -184,6 +202,11 @@ class Shared:
                     return opening
             time.sleep(_POLL_SECONDS)
         raise PeerError("rank 0 has not begun", "give every rank the same command and look at its output")
+
+    @property
+    def is_done(self) -> bool:
+        """Whether rank 0 is through, and well."""
+        return self._store.get("ended") is not None and self._store.get("failed") is None
 
     def wait_for_end(self) -> None:
         """Another rank: until rank 0 is through. Raises PissaHubError if it failed."""
@@ -218,6 +241,9 @@ class Shared:
 
     def done(self, unit: int) -> None:
         self._store.append("done", str(unit))
+
+    def has(self, unit: int) -> bool:
+        return self._store.get(f"owner/{unit}") == self._name
 
     def check(self) -> None:
         """Raises what stopped another process."""
@@ -301,9 +327,14 @@ class Shared:
             except PeerError as error:
                 self._failure = self._failure or error
                 return
+            except Exception as error:  # of whoever shows the progress
+                self._failure = PeerError(f"rank {self.rank} cannot go on ({error})", _AGAIN)
+                return
             self._left.wait(HEARTBEAT_SECONDS)
 
     def _hear(self) -> None:
+        if self._rank.leads and self._root.get("round") != self._round:
+            self._failure = self._failure or PeerError("another rank 0 has begun", "leave it to that one")
         failed = self._store.get("failed")
         if failed is not None and self._failure is None:
             self._failure = _heard(json.loads(failed))
@@ -420,13 +451,22 @@ def reach_store(rank: Rank) -> Any:
     """
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-    timeout = timedelta(seconds=JOIN_SECONDS)
-    try:
-        return TCPStore(rank.address, rank.port, is_master=rank.hosts_store, wait_for_workers=False, timeout=timeout)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        place = f"{rank.address}:{rank.port}"
-        raise PeerError(f"the rendezvous store at {place} cannot be reached ({reason})", "look at rank 0") from None
+    patience, reason = _Patience(JOIN_SECONDS), ""
+    while not patience.is_over:
+        try:
+            # A long time-out would be deaf to interrupts.
+            store = TCPStore(
+                rank.address, rank.port, is_master=rank.hosts_store, wait_for_workers=False, timeout=_ATTEMPT
+            )
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            if rank.hosts_store:
+                break
+        else:
+            store.set_timeout(timedelta(seconds=JOIN_SECONDS))
+            return store
+    place = f"{rank.address}:{rank.port}"
+    raise PeerError(f"the rendezvous store at {place} cannot be reached ({reason})", "look at rank 0")
 
 
 def _told(error: BaseException, rank: int) -> dict[str, str]:

@@ -12,14 +12,16 @@ import torch
 
 from pissa_hub.checkpoint.files import Files, Supply
 from pissa_hub.checkpoint.writer import FileDigest
+from pissa_hub.errors import ReadError
 from pissa_hub.pipeline.destination import Destination
 from pissa_hub.pipeline.fallback import Resilient
-from pissa_hub.pipeline.pieces import Division, bytes_read, join
+from pissa_hub.pipeline.pieces import Division, Piece, bytes_read, join
 from pissa_hub.pipeline.receipts import Receipt, WorkFolder
 from pissa_hub.pipeline.schedule import Schedule
 from pissa_hub.pipeline.stream import PlannedShard, PlannedWeight, Worker, span_of, stream
 
 W = TypeVar("W", bound=PlannedWeight)
+_AGAIN = "run the same command again to carry on"
 
 
 class Workload(Protocol[W]):
@@ -82,6 +84,10 @@ class Share(Generic[W]):
             self,
         )
 
+    def permits(self, name: str) -> bool:
+        """Whether this process, if it has slept, still has the unit."""
+        return self._schedule.has(self._numbers[name])
+
     def add(self, name: str, path: Path, digest: FileDigest) -> None:
         """A shard or piece is finished."""
         self._schedule.done(self._numbers[name])
@@ -102,26 +108,42 @@ class Share(Generic[W]):
     def _to_do(self, division: Division[W]) -> Iterator[PlannedShard[W]]:
         """What is left to be done, and on the way what needs no stream."""
         for number in self._schedule.units(len(division), division.needs):
-            if number >= len(division.units):
-                receipt = self._joined(division, number)
-                self._numbers[receipt.shard] = number
-                self.add(receipt.shard, self._output / receipt.shard, receipt.output)
-                continue
-            shard = division.units[number]
+            is_join = number >= len(division.units)
+            shard = division.joins[number - len(division.units)] if is_join else division.units[number]
             self._numbers[shard.name] = number
-            known = self._work.receipt(
-                shard.name, self._job.source, self._destination.held, of=shard.source.name, span=span_of(shard)
-            )
-            if known is None:
+            known = self._known(shard)
+            if known is None and is_join:
+                known = self._joined(shard, division.pieces(number))
+            elif known is None:
                 yield shard
-            else:
+                continue
+            elif not is_join:
                 self._schedule.count("carried", shard.name in self._sources)
                 self._schedule.progress.advance(bytes_read(shard))
-                self.add(shard.name, self._output / shard.name, known.output)
+            self.add(shard.name, self._output / shard.name, known.output)
 
-    def _joined(self, division: Division[W], number: int) -> Receipt:
-        shard, pieces = division.joins[number - len(division.units)], division.pieces(number)
-        receipts = [receipt for piece in pieces if (receipt := self._work.read(piece.name))]
+    def _known(self, shard: PlannedShard[W]) -> Receipt | None:
+        """The receipt of a file that is finished."""
+        return self._work.receipt(
+            shard.name, self._job.source, self._destination.held, of=shard.source.name, span=span_of(shard)
+        )
+
+    def _joined(self, shard: PlannedShard[W], pieces: Sequence[Piece[W]]) -> Receipt:
+        try:
+            return self._join(shard, pieces)
+        except ReadError:
+            known = self._known(shard)  # another process, taken for dead, has joined them and removed the pieces
+            if known is None:
+                raise
+            return known
+
+    def _join(self, shard: PlannedShard[W], pieces: Sequence[Piece[W]]) -> Receipt:
+        receipts = []
+        for piece in pieces:
+            receipt = self._work.read(piece.name)
+            if receipt is None:
+                raise ReadError(f"the receipt of {self._output / piece.name} is gone", _AGAIN)
+            receipts.append(receipt)
         source = self._job.source.path(shard.source.name)
         receipt = join(shard, pieces, receipts, source, self._output, self._work)
         self._accept(receipt)

@@ -306,6 +306,10 @@ class _Writers(Generic[W]):
 
     def _finish(self, end: _ShardEnd[W]) -> None:
         base, adapter = self._open(end.shard)
+        if not self._place.permits(end.shard.name):
+            self.__exit__()
+            self._base = self._adapter = None
+            return
         digest = adapter.commit() if adapter else None
         environment = {**self._environment, "device": ", ".join(sorted(self._devices))}
         receipt = Receipt(end.shard.name, end.source, base.commit(), digest, tuple(self._records), environment)
