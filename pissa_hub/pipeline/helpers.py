@@ -45,6 +45,7 @@ class Helpers(Shared):
             Rank(number, len(devices), 0, _LOCAL, store.port, hosts_store=number == 0) for number in range(len(devices))
         ]
         super().__init__(store, self._ranks[0], job.digest, progress)
+        self._late_seconds = 0.0  # it is stopped anyway
         self._jobs = [replace(job, device=device) for device in devices]
         self._output = output
         self._processes: list[subprocess.Popen[bytes]] = []

@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,7 +42,7 @@ GRACE_SECONDS = 20.0
 JOIN_SECONDS = 300.0
 _POLL_SECONDS = 0.1
 _LAST_SECONDS = 5.0
-_ATTEMPT = timedelta(seconds=2)
+_CONNECT_SECONDS = 5.0
 _AGAIN = "run the same command again to carry on"
 _calls: Counter[str] = Counter()
 
@@ -144,6 +145,8 @@ class Shared:
         self.rank, self.processes = rank.rank, rank.world_size
         self._rank = rank
         self._name = f"{rank.rank}.{os.getpid()}.{secrets.token_hex(4)}"
+        # Who comes late to a store that is gone would call that an error.
+        self._late_seconds = GRACE_SECONDS if rank.hosts_store else 0.0
         self._closed = Event()
         self._left = Event()
         self._failure: PissaHubError | None = None
@@ -272,7 +275,7 @@ class Shared:
         if self._rank.leads:
             self._store.set("ended", "1")
             if error is None:
-                self._wait_for_others(GRACE_SECONDS if self._rank.hosts_store else 0)
+                self._wait_for_others(self._late_seconds)
             return
         self._store.append("left", self._name)
         if error is not None and not isinstance(error, KeyboardInterrupt):
@@ -451,22 +454,26 @@ def reach_store(rank: Rank) -> Any:
     """
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-    patience, reason = _Patience(JOIN_SECONDS), ""
-    while not patience.is_over:
+    try:
+        if not rank.hosts_store:
+            _wait_for_server(rank)
+        timeout = timedelta(seconds=JOIN_SECONDS)
+        return TCPStore(rank.address, rank.port, is_master=rank.hosts_store, wait_for_workers=False, timeout=timeout)
+    except (RuntimeError, OSError) as error:
+        reason, place = str(error).splitlines()[0], f"{rank.address}:{rank.port}"
+        raise PeerError(f"the rendezvous store at {place} cannot be reached ({reason})", "look at rank 0") from None
+
+
+def _wait_for_server(rank: Rank) -> None:
+    """Until somebody listens; the store's own wait is deaf to interrupts. Raises OSError."""
+    patience = _Patience(JOIN_SECONDS)
+    while True:
         try:
-            # A long time-out would be deaf to interrupts.
-            store = TCPStore(
-                rank.address, rank.port, is_master=rank.hosts_store, wait_for_workers=False, timeout=_ATTEMPT
-            )
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            if rank.hosts_store:
-                break
-        else:
-            store.set_timeout(timedelta(seconds=JOIN_SECONDS))
-            return store
-    place = f"{rank.address}:{rank.port}"
-    raise PeerError(f"the rendezvous store at {place} cannot be reached ({reason})", "look at rank 0")
+            return socket.create_connection((rank.address, rank.port), timeout=_CONNECT_SECONDS).close()
+        except OSError:
+            if patience.is_over:
+                raise
+            time.sleep(_POLL_SECONDS)
 
 
 def _told(error: BaseException, rank: int) -> dict[str, str]:

@@ -63,6 +63,14 @@ def test_same_bytes_as_from_a_folder(client: Client, hub: LoopbackHub, local: Pa
     assert shard_requests(hub) == names
 
 
+@pytest.mark.parametrize("keep", ["yes", "no"])
+def test_several_processes_pull(client: Client, local: Path, tmp_path: Path, keep: str) -> None:
+    """Each its own shards; which comes next may not be known before the last is done."""
+    command = ("decompose", REPO, "-o", tmp_path / "out", *SETTINGS, "--keep-source", keep, "--devices", "cpu,cpu")
+    client.run(*command)
+    assert_same_but_source(tmp_path / "out", local)
+
+
 def test_revision(client: Client, hub: LoopbackHub, local: Path, tmp_path: Path) -> None:
     commit = hub.commits(REPO)[0].sha
     hub.commit(REPO, {"config.json": b"{}"})

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from pissa_hub import decompose, merge, restore
 from pissa_hub.errors import PlanError
-from pissa_hub.pipeline import pieces
+from pissa_hub.pipeline import pieces, schedule, share
 
 from ..conftest import SHARDED, Factory
 from ..helpers import MANIFEST, ROOT, files_of
@@ -32,7 +33,7 @@ _PROGRAM = """
 import os, signal, sys, time
 os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as the command line has it
 from pissa_hub import cli
-from pissa_hub.pipeline import pieces, schedule
+from pissa_hub.pipeline import job, pieces, schedule
 
 schedule.GRACE_SECONDS = 3.0
 schedule.JOIN_SECONDS = 60.0
@@ -56,6 +57,13 @@ def together(shared, *arguments):
     yield from units(shared, *arguments)
 if os.environ.get("SLOW"):
     schedule.Shared.units = together
+
+if os.environ.get("TELL"):
+    reach = job.reach_store
+    def reaching(rank):
+        print("reaching", file=sys.stderr, flush=True)
+        return reach(rank)
+    job.reach_store = reaching
 cli.main(sys.argv[1:])
 """
 
@@ -113,6 +121,13 @@ def torchrun(program: Path, processes: int, *arguments: str | Path, restarts: in
     return out
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
 def as_slurm(
     program: Path, processes: int, arguments: list[str | Path], **more: str | int
 ) -> list[subprocess.Popen[str]]:
@@ -151,29 +166,52 @@ def receipts_in(output: Path) -> int:
     return len(list(output.glob(".pissa/*.receipt.json")))
 
 
+@pytest.fixture
+def own(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What this process finishes of a job that it shares: it waits for its helpers to come, and is slower than they."""
+    names: list[str] = []
+    units, add = schedule.Shared.units, share.Share.add
+
+    def together(shared: schedule.Shared, *arguments: Any) -> Iterator[int]:
+        while len(shared._store.names("joined")) < shared.processes - 1:
+            time.sleep(0.01)
+        yield from units(shared, *arguments)
+
+    def slowly(own: share.Share[Any], name: str, *arguments: Any) -> None:
+        names.append(name)
+        time.sleep(0.2)
+        add(own, name, *arguments)
+
+    monkeypatch.setattr(schedule.Shared, "units", together)
+    monkeypatch.setattr(share.Share, "add", slowly)
+    return names
+
+
 def test_devices_share_the_work(
-    source: Path, reference: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, reference: dict[str, bytes], tmp_path: Path, own: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whole shards here."""
     monkeypatch.setattr(pieces, "MIN_PIECE_BYTES", 1 << 30)
     outcome = decompose(source, tmp_path / "out", devices="cpu,cpu", rank=4)
     assert files_of(tmp_path / "out") == reference
+    assert 0 < len(own) < len(list(source.glob("*.safetensors")))
     assert not outcome.was_finished
     assert decompose(source, tmp_path / "out", devices="cpu,cpu", rank=4).was_finished
     assert torch.get_num_threads() == 1
 
 
 def test_devices_share_one_large_shard(
-    tiny_checkpoint: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_checkpoint: Factory, tmp_path: Path, own: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pieces, "MIN_PIECE_BYTES", 20_000)
-    source, seen = tiny_checkpoint(), []
+    source = tiny_checkpoint()
     decompose(source, tmp_path / "one", rank=4)
-    write = pieces.WorkFolder.write
-    monkeypatch.setattr(pieces.WorkFolder, "write", lambda work, receipt: (seen.append(receipt), write(work, receipt)))
+    own.clear()
     decompose(source, tmp_path / "two", devices="cpu,cpu", rank=4)
-    assert any(receipt.shard.endswith(".piece") for receipt in seen)
     assert files_of(tmp_path / "two") == files_of(tmp_path / "one")
+    made = {int(name.split(".")[-2]) for name in own if name.endswith(".piece")}
+    assert made
+    assert made < set(range(max(made) + 2))  # the helper has the others
 
 
 def test_merge_and_restore_share_the_work_too(
@@ -220,6 +258,33 @@ def test_torchrun_starts_a_killed_worker_anew(
     arguments = ["decompose", source, "-o", tmp_path / "out", "--rank", "4"]
     torchrun(program, 2, *arguments, restarts=2, KILL_RANK=rank, KILL_AT=9, PIECE=20_000)
     assert files_of(tmp_path / "out") == reference
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_torchrun_on_two_machines_starts_a_killed_worker_anew(
+    program: Path, source: Path, reference: dict[str, bytes], tmp_path: Path, rank: int
+) -> None:
+    """Only the agent whose worker died counts a restart."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    meeting = ["--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}"]
+    command: list[str | Path] = [program, "decompose", source, "-o", tmp_path / "out", "--rank", "4"]
+    agents = [start([*launcher, *meeting, *command], KILL_RANK=rank, KILL_AT=9) for _ in range(2)]
+    found = ended(agents)
+    assert [code for code, _, _ in found] == [0, 0], found
+    assert files_of(tmp_path / "out") == reference
+
+
+def test_waiting_for_rank_0_can_be_interrupted(program: Path, source: Path, tmp_path: Path) -> None:
+    nobody = {"RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    command: list[str | Path] = [sys.executable, program, "decompose", source, "-o", tmp_path / "out", "--rank", "4"]
+    process = start(command, TELL=1, **nobody)
+    assert process.stderr is not None
+    assert process.stderr.readline() == "reaching\n"
+    process.send_signal(signal.SIGINT)
+    ((code, _, err),) = ended([process])
+    assert code == 130
+    assert err.strip() == "interrupted; run the same command again to carry on"
 
 
 def test_tasks_of_slurm_survive_one_of_them(

@@ -176,6 +176,20 @@ def test_lost_work_is_redone(
     assert files_of(output) == reference
 
 
+def test_empty_work_folder_gives_no_leave_to_overwrite(tiny_checkpoint: Factory, tmp_path: Path) -> None:
+    """As a run leaves it that is killed at its first or its last step."""
+    output = tmp_path / "out"
+    (output / ".pissa").mkdir(parents=True)
+    (output / "config.json").write_text("somebody's own")
+    with pytest.raises(OutputError, match="is not empty"):
+        decompose(small(tiny_checkpoint), output, rank=4)
+    assert (output / "config.json").read_text() == "somebody's own"
+    (output / "config.json").unlink()
+    (output / ".pissa-0a1b2c3d.partial").mkdir()
+    decompose(small(tiny_checkpoint), output, rank=4)
+    assert not list(output.glob(".pissa*"))
+
+
 def test_stale_partial_files_are_removed(
     tiny_checkpoint: Factory, snapshots: list[Path], reference: dict[str, bytes], tmp_path: Path
 ) -> None:
