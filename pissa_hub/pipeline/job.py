@@ -24,6 +24,7 @@ from pissa_hub.errors import (
     CheckpointError,
     MatrixError,
     OutputError,
+    PeerError,
     PlanError,
     ReadError,
     VerificationError,
@@ -182,27 +183,31 @@ def _lead(
 
 def _follow(job: Job[W, R], output: Path, schedule: Shared) -> Done[R]:
     """Any other process."""
-    opening = schedule.join()
+    opening, marker = schedule.join(), output / job.marker
     if opening is not None:
-        work = WorkFolder(output, job.digest)
-        if not _in_time(lambda: work.found_run() == opening["run"] or schedule.is_done):
-            raise OutputError(
-                f"{output} is not the folder that rank 0 writes",
-                "give every rank one folder on a disk that all of them see",
-            )
-        threads = torch.get_num_threads()
-        torch.set_num_threads(opening["threads"])  # the last bits depend on it
         try:
-            division = divide(job.shards, opening["cut"], opening["piece"], largest_first=True)
-            Share(job, output, work, schedule, InPlace()).do(division)
-        except (OutputError, ReadError):
-            if not schedule.is_done:  # or this process slept while the others finished, and its files are gone
+            _take_part(job, output, schedule, opening)
+            schedule.wait_for_end()
+        except (OutputError, PeerError, ReadError):
+            if not marker.exists():  # or this process slept, and the others have finished without it
                 raise
-        finally:
-            torch.set_num_threads(threads)
-        schedule.wait_for_end()
-    _in_time((output / job.marker).exists)
+    _in_time(marker.exists)
     return Done(job.load(output), opening is None, 0)
+
+
+def _take_part(job: Job[W, R], output: Path, schedule: Shared, opening: Mapping[str, Any]) -> None:
+    work, threads = WorkFolder(output, job.digest), torch.get_num_threads()
+    if not _in_time(lambda: work.found_run() == opening["run"] or (output / job.marker).exists()):
+        raise OutputError(
+            f"{output} is not the folder that rank 0 writes",
+            "give every rank one folder on a disk that all of them see",
+        )
+    torch.set_num_threads(opening["threads"])  # the last bits depend on it
+    try:
+        division = divide(job.shards, opening["cut"], opening["piece"], largest_first=True)
+        Share(job, output, work, schedule, InPlace()).do(division)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _as_it_is(job: Job[W, R], output: Path, work: WorkFolder, destination: Destination) -> Done[R]:

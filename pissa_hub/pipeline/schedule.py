@@ -206,11 +206,6 @@ class Shared:
             time.sleep(_POLL_SECONDS)
         raise PeerError("rank 0 has not begun", "give every rank the same command and look at its output")
 
-    @property
-    def is_done(self) -> bool:
-        """Whether rank 0 is through, and well."""
-        return self._store.get("ended") is not None and self._store.get("failed") is None
-
     def wait_for_end(self) -> None:
         """Another rank: until rank 0 is through. Raises PissaHubError if it failed."""
         leader = str(self._store.get("leader"))
