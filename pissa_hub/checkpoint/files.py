@@ -6,12 +6,12 @@ import hashlib
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from io import FileIO
 from pathlib import Path, PurePath
 from typing import Protocol
 
 from pissa_hub.checkpoint.ancillary import other_files
 from pissa_hub.checkpoint.header import Header, read_header
+from pissa_hub.checkpoint.opening import open_unbuffered
 from pissa_hub.checkpoint.reader import feed, reading, sha256_file
 from pissa_hub.checkpoint.writer import FileDigest
 from pissa_hub.errors import CheckpointError, ReadError
@@ -193,7 +193,7 @@ def _stamp(path: Path) -> _Stamp:
 
 def _digest_of(path: Path, span: range) -> FileDigest:
     digest = hashlib.sha256()
-    with reading(path), FileIO(path) as file:
+    with reading(path), open_unbuffered(path) as file:
         file.seek(span.start)
         size = feed(digest, file, len(span))
     return FileDigest(size, digest.hexdigest())

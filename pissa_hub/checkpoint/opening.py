@@ -3,6 +3,7 @@
 import errno
 import os
 import stat
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,6 +17,11 @@ def open_regular(path: Path) -> BinaryIO:
         OSError: there is none, it may not be read, or it is none.
     """
     return open(path, "rb", opener=_open_regular)
+
+
+def open_unbuffered(path: Path) -> FileIO:
+    """:func:`open_regular`, for reads of a caller's own size."""
+    return FileIO(path, opener=_open_regular)
 
 
 def read_bounded(path: Path, limit: int) -> bytes:

@@ -12,6 +12,7 @@ from threading import Condition
 from typing import Protocol
 
 from pissa_hub.checkpoint.header import Header, TensorEntry
+from pissa_hub.checkpoint.opening import open_unbuffered
 from pissa_hub.errors import ReadError
 
 _READ_BYTES = 1 << 20  # small enough that the hash finds the bytes still in cache
@@ -47,7 +48,7 @@ def feed(digest: Digest, file: FileIO, limit: int = sys.maxsize) -> int:
 def sha256_file(path: Path) -> tuple[int, str]:
     """Size in bytes and SHA-256 in hex of a file. Raises ReadError."""
     digest = hashlib.sha256()
-    with reading(path), FileIO(path) as file:
+    with reading(path), open_unbuffered(path) as file:
         size = feed(digest, file)
     return size, digest.hexdigest()
 
@@ -72,7 +73,7 @@ class ShardReader:
         self._digest = hashlib.sha256(b"" if span else header.raw)
         self._hashed, self._end = (span.start, span.stop) if span else (header.data_start, header.file_size)
         with reading(self._path):
-            self._file = FileIO(path)
+            self._file = open_unbuffered(path)
             size, raw = os.fstat(self._file.fileno()).st_size, _read(self._file, len(header.raw))
         if size != header.file_size or raw != header.raw:
             self.close()

@@ -17,6 +17,7 @@ from io import FileIO
 from pathlib import Path
 
 from pissa_hub.checkpoint.header import Header
+from pissa_hub.checkpoint.opening import open_unbuffered
 from pissa_hub.checkpoint.reader import Digest, feed, reading
 from pissa_hub.errors import CheckpointError, OutputError
 
@@ -219,7 +220,7 @@ def copy_file_atomic(source: Path, target: Path) -> FileDigest:
         OutputError: the target cannot be written.
     """
     digest = hashlib.sha256()
-    with reading(source), FileIO(source) as original, _Partial(target) as partial:
+    with reading(source), open_unbuffered(source) as original, _Partial(target) as partial:
         size = os.fstat(original.fileno()).st_size
         if not _reflink(original, partial.file):
             _copy_in_kernel(original, partial.file)

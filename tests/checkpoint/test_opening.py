@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from pissa_hub.checkpoint.opening import open_regular, read_bounded
+from pissa_hub.checkpoint.reader import sha256_file
+from pissa_hub.errors import ReadError
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="links, pipes and devices")
 
@@ -36,3 +38,9 @@ def test_links_to_files_are_followed(tmp_path: Path) -> None:
         open_regular(tmp_path)
     with pytest.raises(FileNotFoundError):
         open_regular(tmp_path / "c")
+
+
+def test_hashing_a_pipe_waits_for_nobody(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ReadError, match="pipe cannot be read: it is not a regular file"):
+        sha256_file(tmp_path / "pipe")

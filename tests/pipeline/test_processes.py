@@ -301,6 +301,7 @@ def test_tasks_of_slurm_survive_one_of_them(
     assert files_of(tmp_path / "out") == reference
 
 
+@pytest.mark.slow
 def test_tasks_of_slurm_end_if_rank_0_is_killed(
     program: Path, source: Path, reference: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -327,7 +328,9 @@ def test_bad_input_ends_all_and_leaves_nothing(program: Path, source: Path, tmp_
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("how", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_a_stopped_run_takes_its_helpers_with_it(
     program: Path, source: Path, reference: dict[str, bytes], tmp_path: Path, how: int, code: int
 ) -> None:
@@ -386,7 +389,7 @@ def test_the_second_run_on_a_folder_is_refused(
 ) -> None:
     output = tmp_path / "out"
     command: list[str | Path] = [sys.executable, program, "decompose", source, "-o", output, "--rank", "4"]
-    first = start(command, SLOW="0.3")
+    first = start(command, SLOW="0.1")
     wait_until(lambda: (output / ".pissa" / "plan.json").exists(), first)
     ((code, out, err),) = ended([start(command)])
     assert (code, out) == (1, "")
