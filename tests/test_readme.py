@@ -12,7 +12,7 @@ from pissa_hub.cli import cli
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 NAMED = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", README))
-OF_LAUNCHERS = {"--nproc-per-node", "--nnodes", "--max-restarts", "--ntasks", "--gpus-per-task", "--no-kill"}
+OF_LAUNCHERS = {"--nproc-per-node", "--nnodes", "--max-restarts", "--ntasks", "--gpus-per-task", "--kill-on-bad-exit"}
 
 
 def test_every_command_is_in_the_table_and_has_help() -> None:
