@@ -113,6 +113,11 @@ _INSPECTED = {
     ),
     "an unknown field": (_MALFORMED, manifest(lambda table: table.update({"__class__": "os.system"}))),
     "a method that is none": (_MALFORMED, settings(method="os.system")),
+    "a module with escapes": (_MALFORMED, weight(module="\x1b[2Ja")),
+    "a module of two lines": (_MALFORMED, weight(module="a\n")),
+    "a tensor with a paragraph's end": (_MALFORMED, weight(tensor="a\u2029b")),
+    "a licence of two lines": (_MALFORMED, manifest(lambda table: table["source"].update(license="mit\n---"))),
+    "a device with escapes": (_MALFORMED, manifest(lambda table: table["environment"].update(device="\x9b2J"))),
     "a seed of 10^400": ("integer of 401 digits", settings(seed=10**400)),
 }
 _RESTORED = {
