@@ -18,8 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pissa_hub import decompose, verify
-from pissa_hub.errors import MatrixError, OutputError
+from pissa_hub.errors import MatrixError, OutputError, ReadError
 from pissa_hub.pipeline.decompose import plan_decomposition, run
+from pissa_hub.pipeline.receipts import Receipt, WorkFolder
 from pissa_hub.pipeline.settings import Settings
 
 from ..conftest import SHARDED, Factory
@@ -378,3 +379,26 @@ def test_damaged_finished_folder_is_not_called_finished(tiny_checkpoint: Factory
     (output / name).unlink()
     with pytest.raises(OutputError, match=f"{name} is damaged or gone"):
         decompose(source, output, rank=4)
+
+
+def test_source_that_is_replaced_under_the_run_is_noticed(
+    tiny_checkpoint: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a checkpoint of the same shapes, as a trainer saves one over the other: the headers are equal."""
+    source = Path(shutil.copytree(small(tiny_checkpoint), tmp_path / "source"))
+    write = WorkFolder.write
+
+    def replaced(work: WorkFolder, receipt: Receipt) -> None:
+        write(work, receipt)
+        path = max(source.glob("*.safetensors"))
+        save_file({name: tensor + 0.01 for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkFolder, "write", replaced)
+        with pytest.raises(ReadError, match=r"model-00004-of-00004.safetensors changed while being read; leave"):
+            decompose(source, tmp_path / "out", rank=4)
+    assert not (tmp_path / "out" / MANIFEST).exists()
+    outcome = decompose(source, tmp_path / "out", rank=4)
+    assert outcome.carried_over > 0
+    decompose(source, tmp_path / "fresh", rank=4)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
