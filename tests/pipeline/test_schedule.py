@@ -23,8 +23,8 @@ NOTHING: Mapping[int, Sequence[int]] = {}
 @pytest.fixture(autouse=True)
 def _short_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(schedule, "HEARTBEAT_SECONDS", 0.02)
-    monkeypatch.setattr(schedule, "GRACE_SECONDS", 0.6)
-    monkeypatch.setattr(schedule, "JOIN_SECONDS", 5.0)
+    monkeypatch.setattr(schedule, "GRACE_SECONDS", 1.5)
+    monkeypatch.setattr(schedule, "JOIN_SECONDS", 20.0)
     monkeypatch.setattr(schedule, "_POLL_SECONDS", 0.01)
     monkeypatch.setattr(schedule, "_calls", Calls())
 
@@ -120,7 +120,7 @@ def test_units_of_the_dead_go_to_the_living(at: int) -> None:
 def test_the_living_are_not_taken_for_dead() -> None:
     """Nor is a unit begun twice that takes longer than a dead process is waited for."""
     crew = Crew(3)
-    together(crew, 4, rank_2={"pause": 2.5})
+    together(crew, 4, rank_2={"pause": 3.0})
     assert crew.done == Counter(range(4))
 
 
