@@ -1,4 +1,4 @@
-"""What sharing out the work costs: simulated workers take many shards from one store, as ``pipeline.schedule`` does.
+"""What sharing out the work costs: simulated workers take many shards from one store, as ``pipeline.shared`` does.
 
 python -m benchmarks.distribution                 64 workers, 10,000 shards that take no time, and some that do
 python -m benchmarks.distribution --workers 8
@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import machine, markdown_table, save, versions
-from pissa_hub.pipeline import schedule
-from pissa_hub.pipeline.schedule import Shared, host_store
+from pissa_hub.pipeline import shared as sharing
+from pissa_hub.pipeline.shared import Shared
+from pissa_hub.pipeline.store import host_store, reach_store
 from pissa_hub.progress import Silent
 from pissa_hub.ranks import Rank
 
@@ -74,14 +75,12 @@ def _crews(workers: int) -> list[range]:
 
 
 def _shared(store: Any, rank: int, workers: int, port: int) -> Shared:
-    schedule._calls.clear()  # as in a process of its own
+    sharing._calls.clear()  # as in a process of its own
     return Shared(store, Rank(rank, workers, rank, _LOCAL, port, hosts_store=rank == 0), _JOB, Silent())
 
 
 def _work(ranks: range, workers: int, port: int, shards: int, seconds: float, results: Any) -> None:
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-    stores = [TCPStore(_LOCAL, port, is_master=False, wait_for_workers=False) for _ in ranks]
+    stores = [reach_store(Rank(rank, workers, rank, _LOCAL, port, hosts_store=False), wait=60.0) for rank in ranks]
     schedules = [_shared(store, rank, workers, port) for store, rank in zip(stores, ranks, strict=True)]
     with ThreadPoolExecutor(len(ranks)) as pool:
         found = list(pool.map(lambda shared: _live(shared, shards, seconds), schedules))

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from pissa_hub.errors import PeerError, PissaHubError
-from pissa_hub.pipeline.schedule import Shared, host_store
+from pissa_hub.pipeline.shared import Shared
+from pissa_hub.pipeline.store import host_store
 from pissa_hub.progress import Progress
 from pissa_hub.ranks import Rank
 
@@ -66,8 +67,9 @@ class Helpers(Shared):
                 process.kill()
                 process.wait()
                 attendant.join()
+                assert process.stdin is not None
                 with suppress(OSError):  # it is gone, with what was still to be read
-                    process.stdin.close()  # type: ignore[union-attr]
+                    process.stdin.close()
             torch.set_num_threads(self._threads_before)
 
     def open(self, opening: Any) -> None:

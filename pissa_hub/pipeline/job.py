@@ -34,8 +34,9 @@ from pissa_hub.pipeline.destination import Destination, InPlace
 from pissa_hub.pipeline.helpers import Helpers
 from pissa_hub.pipeline.pieces import bytes_read, divide, too_large
 from pissa_hub.pipeline.receipts import Receipt, WorkFolder
-from pissa_hub.pipeline.schedule import Alone, Shared, reach_store
+from pissa_hub.pipeline.schedule import Alone
 from pissa_hub.pipeline.share import Share, Workload, is_there
+from pissa_hub.pipeline.shared import Shared
 from pissa_hub.pipeline.stream import PlannedWeight
 from pissa_hub.progress import Progress, Silent
 from pissa_hub.ranks import find_rank
@@ -137,7 +138,7 @@ def carry_out(
             return _lead(job, output, progress, schedule)
     if len(devices) > 1:
         raise PlanError("each of several processes has one device", "leave --devices to a run without torchrun or srun")
-    with Shared(reach_store(rank), rank, job.digest, progress) as schedule:
+    with Shared.by_environment(rank, job.digest, progress) as schedule:
         return _lead(job, output, progress, schedule) if rank.leads else _follow(job, output, schedule)
 
 

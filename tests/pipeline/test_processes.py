@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from pissa_hub import decompose, merge, restore
 from pissa_hub.errors import PlanError
-from pissa_hub.pipeline import pieces, schedule, share
+from pissa_hub.pipeline import pieces, share
+from pissa_hub.pipeline.shared import Shared
 
 from ..conftest import SHARDED, Factory
 from ..helpers import MANIFEST, ROOT, files_of
@@ -33,10 +34,10 @@ _PROGRAM = """
 import os, signal, sys, time
 os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as the command line has it
 from pissa_hub import cli
-from pissa_hub.pipeline import job, pieces, schedule
+from pissa_hub.pipeline import pieces, shared
 
-schedule.GRACE_SECONDS = 3.0
-schedule.JOIN_SECONDS = 60.0
+shared.GRACE_SECONDS = 3.0
+shared.JOIN_SECONDS = 60.0
 pieces.MIN_PIECE_BYTES = int(os.environ.get("PIECE", 1 << 24))
 rank, first = os.environ.get("RANK", "0"), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
 fsync, calls = os.fsync, 0
@@ -50,20 +51,20 @@ def faulty(descriptor):
     fsync(descriptor)
 os.fsync = faulty
 
-units = schedule.Shared.units
-def together(shared, *arguments):
-    while len(shared._store.names("joined")) < shared.processes - 1:
+units = shared.Shared.units
+def together(process, *arguments):
+    while len(process._store.names("joined")) < process.processes - 1:
         time.sleep(0.01)
-    yield from units(shared, *arguments)
+    yield from units(process, *arguments)
 if os.environ.get("SLOW"):
-    schedule.Shared.units = together
+    shared.Shared.units = together
 
 if os.environ.get("TELL"):
-    reach = job.reach_store
-    def reaching(rank):
+    reach = shared.reach_store
+    def reaching(*arguments):
         print("reaching", file=sys.stderr, flush=True)
-        return reach(rank)
-    job.reach_store = reaching
+        return reach(*arguments)
+    shared.reach_store = reaching
 cli.main(sys.argv[1:])
 """
 
@@ -170,9 +171,9 @@ def receipts_in(output: Path) -> int:
 def own(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What this process finishes of a job that it shares: it waits for its helpers to come, and is slower than they."""
     names: list[str] = []
-    units, add = schedule.Shared.units, share.Share.add
+    units, add = Shared.units, share.Share.add
 
-    def together(shared: schedule.Shared, *arguments: Any) -> Iterator[int]:
+    def together(shared: Shared, *arguments: Any) -> Iterator[int]:
         while len(shared._store.names("joined")) < shared.processes - 1:
             time.sleep(0.01)
         yield from units(shared, *arguments)
@@ -182,7 +183,7 @@ def own(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         time.sleep(0.2)
         add(own, name, *arguments)
 
-    monkeypatch.setattr(schedule.Shared, "units", together)
+    monkeypatch.setattr(Shared, "units", together)
     monkeypatch.setattr(share.Share, "add", slowly)
     return names
 

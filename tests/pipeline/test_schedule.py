@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from pissa_hub.errors import MatrixError, PeerError, PissaHubError
-from pissa_hub.pipeline import schedule
-from pissa_hub.pipeline.schedule import Alone, Shared, host_store
+from pissa_hub.pipeline import shared
+from pissa_hub.pipeline.schedule import Alone
+from pissa_hub.pipeline.shared import Shared
+from pissa_hub.pipeline.store import host_store
 from pissa_hub.progress import Silent
 from pissa_hub.ranks import Rank
 
@@ -22,11 +24,11 @@ NOTHING: Mapping[int, Sequence[int]] = {}
 
 @pytest.fixture(autouse=True)
 def _short_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schedule, "HEARTBEAT_SECONDS", 0.02)
-    monkeypatch.setattr(schedule, "GRACE_SECONDS", 1.5)
-    monkeypatch.setattr(schedule, "JOIN_SECONDS", 20.0)
-    monkeypatch.setattr(schedule, "_POLL_SECONDS", 0.01)
-    monkeypatch.setattr(schedule, "_calls", Calls())
+    monkeypatch.setattr(shared, "HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr(shared, "GRACE_SECONDS", 1.5)
+    monkeypatch.setattr(shared, "JOIN_SECONDS", 20.0)
+    monkeypatch.setattr(shared, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(shared, "_calls", Calls())
 
 
 class Calls(Counter[str]):
@@ -52,28 +54,28 @@ class Crew:
     def work(self, rank: int, count: int, needs: Mapping[int, Sequence[int]] = NOTHING, **faults: Any) -> None:
         """The life of one process; ``dies_at`` and ``fails_at`` a number of units."""
         try:
-            with self.shared(rank) as shared:
+            with self.shared(rank) as process:
                 if rank == 0:
-                    shared.open({"threads": 1})
-                elif (opening := shared.join()) is None:
+                    process.open({"threads": 1})
+                elif (opening := process.join()) is None:
                     return  # all was done before
                 else:
                     assert opening == {"threads": 1}
-                units = shared.units(count, needs)
+                units = process.units(count, needs)
                 for number, unit in enumerate(units):
                     if number == faults.get("dies_at"):
-                        shared._left.set()  # no sign of life any more
-                        shared._pulse.join()
+                        process._left.set()  # no sign of life any more
+                        process._pulse.join()
                         raise SystemExit
                     if number == faults.get("fails_at"):
                         raise MatrixError("a weight holds NaN", "repair it")
                     assert all(self.done[need] for need in needs.get(unit, ()))
                     time.sleep(faults.get("pause", 0.001))
                     self.done[unit] += 1
-                    shared.done(unit)
-                    shared.check()
+                    process.done(unit)
+                    process.check()
                 if rank:
-                    shared.wait_for_end()
+                    process.wait_for_end()
         except SystemExit:
             pass
         except BaseException as error:
@@ -176,10 +178,10 @@ def test_processes_that_are_started_anew_find_each_other() -> None:
 
 
 def test_nobody_waits_for_ever_for_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schedule, "JOIN_SECONDS", 0.2)
+    monkeypatch.setattr(shared, "JOIN_SECONDS", 0.2)
     message = "rank 0 has not begun; give every rank the same command"
-    with pytest.raises(PeerError, match=message), Crew(2).shared(1) as shared:
-        shared.join()
+    with pytest.raises(PeerError, match=message), Crew(2).shared(1) as other:
+        other.join()
 
 
 def test_rank_0_that_cannot_begin_says_why_everywhere() -> None:
@@ -192,13 +194,13 @@ def test_rank_0_that_cannot_begin_says_why_everywhere() -> None:
 
     thread = Thread(target=lead)
     thread.start()
-    with pytest.raises(PissaHubError, match="no room; make some"), crew.shared(1) as shared:
-        shared.join()
+    with pytest.raises(PissaHubError, match="no room; make some"), crew.shared(1) as other:
+        other.join()
     thread.join()
 
 
 def test_a_buried_process_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schedule, "GRACE_SECONDS", 3600.0)
+    monkeypatch.setattr(shared, "GRACE_SECONDS", 3600.0)
     crew = Crew(2)
     with crew.shared(0) as leader:
         leader.open({"threads": 1})

@@ -1,0 +1,306 @@
+"""One of several processes that take units of work from a rendezvous store.
+
+The receipts on the disk are the truth; the store only says who has which unit in hand, so that no two do the same and
+the units of a process that died are taken over. Two that do one unit after all write the same bytes.
+
+In the store, under a prefix of the job:
+
+    round               how often a rank 0 began; each round has its own keys below, because those of torchrun's store
+                        outlive the processes
+    leader, opened      the process of rank 0, and what it said when work could begin
+    next, owner/UNIT    how many units were handed out, and to which process
+    done                finished units
+    alive/PROCESS       a counter that the process moves on: no clock is compared with another machine's
+    joined, left, dead  processes that came, are through, or were seen to die
+    failed, ended       the first error, and that rank 0 is through
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from threading import Event, Lock, Thread
+from typing import Any
+
+from pissa_hub import errors
+from pissa_hub.errors import PeerError, PissaHubError
+from pissa_hub.pipeline.store import AGAIN, POLL_SECONDS, Keys, Patience, reach_store
+from pissa_hub.progress import Progress
+from pissa_hub.ranks import Rank
+
+HEARTBEAT_SECONDS = 0.5
+# A process that has not moved its counter for so long counts as dead. One that was only asleep does a unit twice.
+GRACE_SECONDS = 20.0
+# How long to wait for a store or a rank 0 that has not come.
+JOIN_SECONDS = 300.0
+_LAST_SECONDS = 5.0
+_calls: Counter[str] = Counter()
+
+
+class Shared:
+    """One of several processes. Leaving ``with`` tells the others how it ended; rank 0 leaves last.
+
+    Args:
+        store: a ``torch.distributed.Store`` that all of them reach.
+        rank: which of them this is.
+        job: what they do together: SHA-256 of the plan.
+        progress: told of everybody's bytes.
+    """
+
+    def __init__(self, store: Any, rank: Rank, job: str, progress: Progress) -> None:
+        _calls[job] += 1  # everybody's alike: one program may ask for the same work twice
+        self._root = Keys(store).below(f"pissa-hub/{job}/{_calls[job]}")
+        self._store = self._root
+        self._round = ""
+        self.rank, self.processes = rank.rank, rank.world_size
+        self._rank = rank
+        self._name = f"{rank.rank}.{os.getpid()}.{secrets.token_hex(4)}"
+        # Who comes late to a store that is gone would call that an error.
+        self._late_seconds = GRACE_SECONDS if rank.hosts_store else 0.0
+        self._closed = Event()
+        self._left = Event()
+        self._failure: PissaHubError | None = None
+        self._heartbeats: dict[str, tuple[int, float]] = {}
+        self._pulse = Thread(target=self._beat, name="heartbeat", daemon=True)
+        self.progress = _Sum(progress, self.check)
+
+    @classmethod
+    def by_environment(cls, rank: Rank, job: str, progress: Progress) -> Shared:
+        """With the store that the rank names. Raises PeerError if that cannot be reached."""
+        return cls(reach_store(rank, JOIN_SECONDS), rank, job, progress)
+
+    def __enter__(self) -> Shared:
+        if self._rank.leads:
+            self._round = str(self._root.add("round", 1))
+            self._store = self._root.below(self._round)
+            self._store.set("leader", self._name)
+            self._pulse.start()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, *_: object) -> None:
+        try:
+            if self._pulse.is_alive():
+                self._leave(error)
+        except PeerError:
+            pass  # the store is gone, so nobody is there to be told
+        finally:
+            self._left.set()
+            if self._pulse.ident is not None:
+                self._pulse.join(_LAST_SECONDS)  # a thread inside the store must not outlive the interpreter
+
+    def open(self, opening: Mapping[str, Any]) -> None:
+        """Rank 0: let the others begin; ``opening`` is what :meth:`join` gives them."""
+        self._store.set("opened", json.dumps(opening))
+
+    def join(self) -> Mapping[str, Any] | None:
+        """Another rank: wait until work begins; what rank 0 said then, or None if all is finished.
+
+        Raises:
+            PeerError: rank 0 does not come.
+            PissaHubError: what stopped it.
+        """
+        patience, number, heard = Patience(JOIN_SECONDS), None, False
+        while not patience.is_over:
+            if (found := self._root.get("round")) is not None:
+                if found != number:
+                    # One that failed may be that of processes that were all stopped to be started anew.
+                    number, renewal = found, Patience(GRACE_SECONDS)
+                    self._store, heard = self._root.below(number), False
+                opened, ended, failed = (self._store.get(key) for key in ("opened", "ended", "failed"))
+                is_over = ended is not None and (failed is None or renewal.is_over)
+                if ended is None and self._has_moved(leader := self._store.get("leader")):
+                    patience, heard = Patience(JOIN_SECONDS), True
+                    self._heartbeats.pop(str(leader))  # to be heard again
+                if is_over or (heard and ended is None and opened):
+                    self._store.append("joined", self._name)
+                    self._pulse.start()
+                    self._hear()
+                    self.check()
+                    opening: Mapping[str, Any] | None = None if is_over else json.loads(str(opened))
+                    return opening
+            time.sleep(POLL_SECONDS)
+        raise PeerError("rank 0 has not begun", "give every rank the same command and look at its output")
+
+    def wait_for_end(self) -> None:
+        """Another rank: until rank 0 is through. Raises PissaHubError if it failed."""
+        leader = str(self._store.get("leader"))
+        while self._store.get("ended") is None:
+            self.check()
+            if not self._is_alive(leader):
+                raise PeerError("rank 0 has died", AGAIN)
+            time.sleep(POLL_SECONDS)
+        self._hear()
+        self.check()
+
+    def units(self, count: int, needs: Mapping[int, Sequence[int]]) -> Iterator[int]:
+        at_once = count - len(needs)
+        while not self._closed.is_set() and (unit := self._store.add("next", 1) - 1) < at_once:
+            self.check()
+            if self._take(unit, ""):
+                yield unit
+        unclaimed = Patience(GRACE_SECONDS)
+        while not self._closed.is_set():
+            self.check()
+            done = {int(unit) for unit in self._store.names("done")}
+            missing = [unit for unit in range(count) if unit not in done]
+            if not missing:
+                return
+            ready = (unit for unit in missing if done.issuperset(needs.get(unit, ())))
+            unit = next((unit for unit in ready if self._inherit(unit, unit >= at_once or unclaimed.is_over)), -1)
+            if unit < 0:
+                self._closed.wait(POLL_SECONDS)
+            else:
+                yield unit
+
+    def done(self, unit: int) -> None:
+        self._store.append("done", str(unit))
+
+    def has(self, unit: int) -> bool:
+        return self._store.get(f"owner/{unit}") == self._name
+
+    def check(self) -> None:
+        """Raises what stopped another process."""
+        if self._failure is not None:
+            raise self._failure
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def count(self, what: str, number: int) -> int:
+        return self._store.add(f"count/{what}", number)
+
+    def bury(self, rank: int, process: int) -> None:
+        """Rank 0: such a process is known to be dead."""
+        self._store.append("dead", f"{rank}.{process}")
+
+    def stop(self, error: BaseException) -> None:
+        if self._failure is None:
+            self._store.swap("failed", "", json.dumps(_told(error, self._rank.rank)))
+        if self._rank.leads and not isinstance(error, KeyboardInterrupt):
+            self._wait_for_others()
+
+    def _leave(self, error: BaseException | None) -> None:
+        if error is not None:
+            self.stop(error)
+        if self._rank.leads:
+            self._store.set("ended", "1")
+            if error is None:
+                self._wait_for_others(self._late_seconds)
+            return
+        self._store.append("left", self._name)
+        if error is not None and not isinstance(error, KeyboardInterrupt):
+            # Whoever started the processes stops rank 0 when this one fails, and it may have to tidy up.
+            leader = str(self._store.get("leader"))
+            while self._store.get("ended") is None and self._is_alive(leader):
+                time.sleep(POLL_SECONDS)
+
+    def _wait_for_others(self, late: float = 0) -> None:
+        """Until those who joined have left or died; ``late`` seconds for those who have not joined."""
+        patience = Patience(late)
+        while True:
+            joined, left, dead = (set(self._store.names(key)) for key in ("joined", "left", "dead"))
+            known = {process.partition(".")[0] for process in joined | dead}
+            if (patience.is_over or len(known) >= self._rank.world_size - 1) and not any(
+                map(self._is_alive, joined - left)
+            ):
+                return
+            time.sleep(POLL_SECONDS)
+
+    def _take(self, unit: int, owner: str) -> bool:
+        return self._store.swap(f"owner/{unit}", owner, self._name) == self._name
+
+    def _inherit(self, unit: int, is_free: bool) -> bool:
+        """Take a unit that nobody has, if it ``is_free`` then, or whose process is dead."""
+        owner = self._store.get(f"owner/{unit}")
+        if owner is None:
+            return is_free and self._take(unit, "")
+        return owner != self._name and not self._is_alive(owner) and self._take(unit, owner)
+
+    def _has_moved(self, process: str | None) -> bool:
+        """Whether a process has shown a sign of life since it was first looked at."""
+        if process is None:
+            return False
+        beat = self._store.add(f"alive/{process}", 0)
+        return beat != self._heartbeats.setdefault(process, (beat, time.monotonic()))[0]
+
+    def _is_alive(self, process: str) -> bool:
+        if process.rpartition(".")[0] in self._store.names("dead"):
+            return False
+        beat, now = self._store.add(f"alive/{process}", 0), time.monotonic()
+        if self._heartbeats.get(process, (None,))[0] != beat:
+            self._heartbeats[process] = (beat, now)
+        return now - self._heartbeats[process][1] < GRACE_SECONDS
+
+    def _beat(self) -> None:
+        while not self._left.is_set():
+            try:
+                self._store.add(f"alive/{self._name}", 1)
+                self.progress.show(self.count("bytes", self.progress.take()))
+                self._hear()
+            except PeerError as error:
+                self._failure = self._failure or error
+                return
+            except Exception as error:  # of whoever shows the progress
+                self._failure = PeerError(f"rank {self.rank} cannot go on ({error})", AGAIN)
+                return
+            self._left.wait(HEARTBEAT_SECONDS)
+
+    def _hear(self) -> None:
+        if self._rank.leads and self._root.get("round") != self._round:
+            self._failure = self._failure or PeerError("another rank 0 has begun", "leave it to that one")
+        failed = self._store.get("failed")
+        if failed is not None and self._failure is None:
+            self._failure = _heard(json.loads(failed))
+
+
+class _Sum:
+    """Progress of all processes together; whoever begins a weight hears here that another process failed."""
+
+    def __init__(self, progress: Progress, check: Callable[[], None]) -> None:
+        self._progress = progress
+        self._check = check
+        self._lock = Lock()
+        self._expected = self._shown = self._own = 0
+
+    def expect(self, nbytes: int) -> None:
+        self._expected += nbytes
+        self._progress.expect(nbytes)
+
+    def working_on(self, weight: str) -> None:
+        self._check()
+        self._progress.working_on(weight)
+
+    def advance(self, nbytes: int) -> None:
+        with self._lock:
+            self._own += nbytes
+
+    def note(self, text: str) -> None:
+        self._progress.note(text)
+
+    def take(self) -> int:
+        """Own bytes since the last call."""
+        with self._lock:
+            own, self._own = self._own, 0
+        return own
+
+    def show(self, total: int) -> None:
+        """Everybody's bytes; those of a process that died are counted twice."""
+        total = min(total, self._expected)
+        self._progress.advance(max(total - self._shown, 0))
+        self._shown = max(total, self._shown)
+
+
+def _told(error: BaseException, rank: int) -> dict[str, str]:
+    if isinstance(error, PissaHubError):
+        return {"kind": type(error).__name__, "fact": error.fact, "remedy": error.remedy}
+    what = "was interrupted" if isinstance(error, KeyboardInterrupt) else f"stopped ({type(error).__name__}: {error})"
+    return {"kind": "PeerError", "fact": f"rank {rank} {what}", "remedy": AGAIN}
+
+
+def _heard(told: Mapping[str, str]) -> PissaHubError:
+    kind: type[PissaHubError] = getattr(errors, told["kind"])
+    return kind(told["fact"], told["remedy"])
