@@ -29,7 +29,7 @@ from benchmarks.results import machine, markdown_table, save, versions  # noqa: 
 from pissa_hub.checkpoint import writer  # noqa: E402
 from pissa_hub.checkpoint.reader import ShardReader  # noqa: E402
 from pissa_hub.factorization.precision import exact_fp32  # noqa: E402
-from pissa_hub.pipeline import decompose, device, job, workers  # noqa: E402
+from pissa_hub.pipeline import decompose, device, share, workers  # noqa: E402
 from pissa_hub.pipeline.settings import Settings  # noqa: E402
 
 
@@ -100,7 +100,7 @@ def main() -> None:
     watch.time(writer.ShardWriter, "write", "write and hash")
     watch.time(writer.ShardWriter, "commit", "force to disk")
     watch.time(decompose, "plan_decomposition", "start-up: plan, with transformers' imports")
-    watch.time(job, "stream", "(wall) stream")
+    watch.time(share, "stream", "(wall) stream")
     watch.time(decompose, "finish", "(wall) finish")
     plan = decompose.plan_decomposition(arguments.source, Settings(rank=arguments.rank))
     count = device.worker_count(max(weight.stored.numel for weight in plan.weights), torch.device("cpu"))
