@@ -19,7 +19,7 @@ device_option = click.option("--device", default="auto", show_default=True, help
 devices_option = click.option(
     "--devices",
     metavar="LIST",
-    help="all, or names with commas, such as cuda:0,cuda:1: a process for each shares the work.",
+    help="all, or names or numbers with commas, such as cuda:0,cuda:1: a process for each shares the work.",
 )
 keep_source_option = click.option(
     "--keep-source",

@@ -44,7 +44,8 @@ def pick_devices(name: str, names: str | None = None) -> tuple[torch.device, ...
 
     Args:
         name: of a ``--device``.
-        names: of a ``--devices``, which goes before it: names with commas between, or ``all`` for every GPU.
+        names: of a ``--devices``, which goes before it: names, or numbers of GPUs, with commas between, or ``all`` for
+            every GPU.
 
     Raises:
         PlanError: one of them is not there.
@@ -53,9 +54,10 @@ def pick_devices(name: str, names: str | None = None) -> tuple[torch.device, ...
         return (pick_device(name),)
     if names == "all":
         names = ",".join(f"cuda:{number}" for number in range(torch.cuda.device_count())) or "cpu"
-    if not all(name.strip() for name in names.split(",")):
+    chosen = [name.strip() for name in names.split(",")]
+    if not all(chosen):
         raise PlanError(f"devices {names!r} cannot be used", "give names with commas between, such as cuda:0,cuda:1")
-    return tuple(pick_device(name.strip()) for name in names.split(","))
+    return tuple(pick_device(f"cuda:{name}" if name.isdecimal() else name) for name in chosen)
 
 
 def worker_count(largest: int, device: torch.device) -> int:

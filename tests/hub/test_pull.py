@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from threading import Event, Thread
@@ -152,17 +151,19 @@ class Peak:
 
     def _watch(self) -> None:
         while not self._stop.wait(0.001):
-            self.source = max(self.source, sum(sizes(self._output / ".pissa" / "source")))
-            self.home = max(self.home, sum(sizes(self._home)))
-            self.whole = max(self.whole, sum(sizes(self._output)))
+            shards = bytes_in(self._output / ".pissa" / "source", (".safetensors", ".incomplete"))
+            self.source = max(self.source, shards)
+            self.home = max(self.home, bytes_in(self._home))
+            self.whole = max(self.whole, bytes_in(self._output))
 
 
-def sizes(folder: Path) -> Iterator[int]:
-    """Bytes that the files take, as far as they stand still."""
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            with suppress(FileNotFoundError):
-                yield Path(parent, name).lstat().st_size
+def bytes_in(folder: Path, endings: tuple[str, ...] = ("",)) -> int:
+    """No more than the files with such names have at the end of the look: 0 if one of them went away meanwhile."""
+    found = [Path(parent, name) for parent, _, names in os.walk(folder) for name in names if name.endswith(endings)]
+    with suppress(FileNotFoundError):
+        total = sum(path.lstat().st_size for path in found)
+        return total if all(path.exists() or path.is_symlink() for path in found) else 0
+    return 0
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pissa_hub.errors import PlanError
-from pissa_hub.pipeline.device import WORKSPACE_BUDGET, pick_device, worker_count
+from pissa_hub.pipeline.device import WORKSPACE_BUDGET, pick_device, pick_devices, worker_count
 
 CPU = torch.device("cpu")
 
@@ -20,6 +20,18 @@ def test_auto_is_the_gpu_where_there_is_one() -> None:
 def test_device_that_is_not_there(name: str) -> None:
     with pytest.raises(PlanError, match=f"device '{name}' cannot be used"):
         pick_device(name)
+
+
+@pytest.mark.parametrize("name", ["99", "0,99", " 99 ", "cuda:99,cpu"])
+def test_number_is_that_of_a_gpu(name: str) -> None:
+    with pytest.raises(PlanError, match=r"device 'cuda:\d+' cannot be used"):
+        pick_devices("auto", name)
+
+
+@pytest.mark.gpu
+def test_numbers_and_names_of_gpus() -> None:
+    assert pick_devices("cpu", "0,cuda:0") == (torch.device("cuda:0"),) * 2
+    assert len(pick_devices("cpu", "all")) == torch.cuda.device_count()
 
 
 @pytest.mark.usefixtures("two_threads")
