@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from .inputs import Inputs, files_of, make_inputs, write_source
+from .inputs import COMMANDS, Inputs, files_of, make_inputs, write_source
 from .server import Ended, Run, Server
+from .trial import Trial
 
 collect_ignore_glob = [] if sys.platform == "linux" else ["test_*.py"]
 Reference = tuple[Ended, dict[str, bytes]]
@@ -53,3 +54,16 @@ def reference(server: Server, inputs: Inputs, folder: Path) -> Callable[[str], R
 def generator(request: pytest.FixtureRequest) -> random.Random:
     """The same for each test in every run."""
     return random.Random(request.node.name)
+
+
+@pytest.fixture(params=COMMANDS)
+def trial(
+    request: pytest.FixtureRequest,
+    server: Server,
+    inputs: Inputs,
+    reference: Callable[[str], Reference],
+    tmp_path: Path,
+    generator: random.Random,
+) -> Trial:
+    """Of every command in turn."""
+    return Trial(server, inputs, request.param, *reference(request.param), tmp_path, generator)

@@ -2,77 +2,46 @@
 
 from __future__ import annotations
 
-import random
-import shutil
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Iterable
 
 import pytest
 
-from .conftest import Reference
-from .inputs import COMMANDS, Inputs, files_of
+from .inputs import files_of
 from .operations import Fault
-from .server import Run, Server
-from .test_full_disk import said
+from .trial import Trial, left_partial, said
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_short_writes_and_short_reads_change_nothing(
-    server: Server, inputs: Inputs, reference: Callable[[str], Reference], command: str, tmp_path: Path
-) -> None:
-    for of_reads in (False, True):
-        root = tmp_path / str(of_reads)
-        root.mkdir()
-        fault = Fault("short", 1, lasting=True, of_reads=of_reads)
-        run = Run(inputs.arguments(command, root / "out"), str(root), fault, inputs=inputs.folders)
-        (ended,) = server.run(run)
-        assert ended.code == 0, ended
-        assert files_of(root) == reference(command)[1]
-        usual = reference(command)[0]
-        assert len(ended.reads if of_reads else ended.operations) > len(usual.reads if of_reads else usual.operations)
+@pytest.mark.parametrize("of_reads", [False, True])
+def test_short_writes_and_short_reads_change_nothing(trial: Trial, of_reads: bool) -> None:
+    fault = Fault("short", 1, lasting=True, of_reads=of_reads)
+    ended = trial.run(trial.root, fault, inputs=trial.inputs.folders)
+    assert ended.code == 0, ended
+    assert files_of(trial.root) == trial.expected
+    usual = trial.usual.reads if of_reads else trial.usual.operations
+    assert len(ended.reads if of_reads else ended.operations) > len(usual)
 
 
-def fail_and_carry_on(
-    server: Server, inputs: Inputs, command: str, reads: list[int], expected: dict[str, bytes], root: Path
-) -> None:
+def fail_and_carry_on(trial: Trial, reads: Iterable[int]) -> None:
     for at in reads:
-        shutil.rmtree(root, ignore_errors=True)
-        root.mkdir()
-        arguments = inputs.arguments(command, root / "out")
-        (ended,) = server.run(Run(arguments, str(root), Fault("EIO", at, of_reads=True), inputs=inputs.folders))
+        fault = Fault("EIO", at, of_reads=True)
+        ended = trial.run_anew(trial.root, fault, inputs=trial.inputs.folders)
         if ended.code:
             assert "Input/output error" in said(ended), (at, ended)
-            assert not [name for name in files_of(root) if ".partial" in name], (at, ended)
-        (again,) = server.run(Run(arguments, str(root)))
-        assert again.code == 0, (at, again)
-        assert files_of(root) == expected, at
+            assert not left_partial(trial.root), (at, ended)
+        trial.carry_on(trial.root, at)
 
 
-def reads_of(server: Server, inputs: Inputs, command: str, root: Path) -> int:
-    (ended,) = server.run(Run(inputs.arguments(command, root / "out"), str(root), inputs=inputs.folders))
+def reads_of(trial: Trial) -> range:
+    """Numbers of all reads in order."""
+    ended = trial.run(trial.root, inputs=trial.inputs.folders)
     assert ended.code == 0, ended
-    return len(ended.reads)
+    return range(1, len(ended.reads) + 1)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_source_that_fails_somewhere(
-    server: Server,
-    inputs: Inputs,
-    reference: Callable[[str], Reference],
-    command: str,
-    tmp_path: Path,
-    generator: random.Random,
-) -> None:
-    count = reads_of(server, inputs, command, tmp_path)
-    chosen = generator.sample(range(1, count + 1), 5)
-    fail_and_carry_on(server, inputs, command, chosen, reference(command)[1], tmp_path / "root")
+def test_a_source_that_fails_somewhere(trial: Trial) -> None:
+    fail_and_carry_on(trial, trial.generator.sample(reads_of(trial), 5))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_source_that_fails_anywhere(
-    server: Server, inputs: Inputs, reference: Callable[[str], Reference], command: str, tmp_path: Path
-) -> None:
-    count = reads_of(server, inputs, command, tmp_path)
-    every = list(range(1, count + 1))
-    fail_and_carry_on(server, inputs, command, every, reference(command)[1], tmp_path / "root")
+def test_a_source_that_fails_anywhere(trial: Trial) -> None:
+    fail_and_carry_on(trial, reads_of(trial))
