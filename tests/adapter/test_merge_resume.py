@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +13,8 @@ from pissa_hub import merge
 from pissa_hub.errors import OutputError, VerificationError
 
 from ..conftest import SHARDED
-from ..helpers import MANIFEST, ROOT, files_of, run_cli
+from ..helpers import MANIFEST, files_of, run_cli
+from ..interrupted import receipts_in, snapshots_of, unfinished, work_done_from
 from .kinds import Kind
 from .trained import CONFIG, PEFTS_OWN_WARNINGS, WEIGHTS, Trained, Training
 
@@ -29,22 +26,6 @@ KIND = Kind(
 )
 SHARDS = 3
 RECORD = "pissa_merge.json"
-
-# `merge` in a process that kills itself where a test wants it.
-_DEADLY = """
-import os, signal, sys
-from pissa_hub import merge
-
-fsync, calls = os.fsync, 0
-def deadly(descriptor):
-    global calls
-    calls += 1
-    if calls == int(os.environ["KILL_AT"]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    fsync(descriptor)
-os.fsync = deadly
-merge(*sys.argv[1:])
-"""
 
 
 @pytest.fixture
@@ -62,24 +43,8 @@ def reference(trained: Training, tmp_path_factory: pytest.TempPathFactory) -> di
 
 @pytest.fixture(scope="module")
 def snapshots(trained: Training, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The output folder as a kill would leave it, before and after every file gets its name."""
-    folder = tmp_path_factory.mktemp("snapshots")
-    output, done, taken = folder / "out", trained(KIND), []
-
-    def snapshot(descriptor: int) -> None:
-        if output.exists():
-            taken.append(Path(shutil.copytree(output, folder / f"{len(taken):03}")))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", snapshot)
-        merge(done.base, done.adapter, output)
-    return taken
-
-
-def unfinished(snapshots: list[Path], receipts: int, target: Path) -> Path:
-    """A copy of the first snapshot with so many receipts."""
-    found = next(path for path in snapshots if len(list(path.glob(".pissa/*.receipt.json"))) == receipts)
-    return Path(shutil.copytree(found, target))
+    done = trained(KIND)
+    return snapshots_of(lambda output: merge(done.base, done.adapter, output), tmp_path_factory.mktemp("snapshots"))
 
 
 def changed_base(done: Trained, target: Path) -> Path:
@@ -106,41 +71,22 @@ def test_every_point_of_a_run_is_one_to_carry_on_from(
     done: Trained, snapshots: list[Path], reference: dict[str, bytes], tmp_path: Path
 ) -> None:
     assert len(snapshots) > 20
-    carried = []
-    for snapshot in snapshots:
-        output = Path(shutil.copytree(snapshot, tmp_path / snapshot.name))
+
+    def carry_on(output: Path) -> int:
         outcome = merge(done.base, done.adapter, output)
-        carried.append(SHARDS if outcome.was_finished else outcome.carried_over)
-        assert files_of(output) == reference, snapshot.name
+        return SHARDS if outcome.was_finished else outcome.carried_over
+
+    carried = work_done_from(snapshots, carry_on, reference, tmp_path)
     assert carried == sorted(carried)
     assert set(carried) == set(range(SHARDS + 1))
 
 
 def test_work_that_was_done_is_not_done_again(done: Trained, snapshots: list[Path], tmp_path: Path) -> None:
     output = unfinished(snapshots, 2, tmp_path / "out")
-    names = [path.name.removesuffix(".receipt.json") for path in output.glob(".pissa/*.receipt.json")]
+    names = receipts_in(output)
     before = {name: (output / name).stat().st_ino for name in names}
     assert merge(done.base, done.adapter, output).carried_over == 2
     assert {name: (output / name).stat().st_ino for name in names} == before
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
-@pytest.mark.parametrize("kill_at", [6, pytest.param(11, marks=pytest.mark.slow), 16])
-def test_kill_9_and_the_same_command_again(
-    done: Trained, reference: dict[str, bytes], tmp_path: Path, kill_at: int
-) -> None:
-    output = tmp_path / "out"
-    process = subprocess.run(
-        [sys.executable, "-c", _DEADLY, done.base, done.adapter, output],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "KILL_AT": str(kill_at)},
-        capture_output=True,
-        timeout=120,
-        check=False,
-    )
-    assert process.returncode == -signal.SIGKILL
-    assert not (output / RECORD).exists()
-    assert not merge(done.base, done.adapter, output).was_finished
-    assert files_of(output) == reference
 
 
 def test_the_bytes_do_not_depend_on_the_threads(done: Trained, reference: dict[str, bytes], tmp_path: Path) -> None:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,25 +16,10 @@ from pissa_hub.errors import OutputError, VerificationError
 from pissa_hub.pipeline import workers
 
 from ..conftest import SHARDED, Factory
-from ..helpers import MANIFEST, ROOT, files_of
+from ..helpers import MANIFEST, files_of
+from ..interrupted import snapshots_of, work_done_from
 
 SHARDS = 4
-
-# `restore` in a process that kills itself where a test wants it.
-_DEADLY = """
-import os, signal, sys
-from pissa_hub import restore
-
-fsync, calls = os.fsync, 0
-def deadly(descriptor):
-    global calls
-    calls += 1
-    if calls == int(os.environ["KILL_AT"]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    fsync(descriptor)
-os.fsync = deadly
-restore(*sys.argv[1:])
-"""
 
 
 def adapter_only(folder: Path, target: Path, *more: str) -> Path:
@@ -164,43 +146,18 @@ def test_damaged_finished_folder_is_not_called_finished(original: Path, decompos
         restore(original, decomposed, tmp_path / "restored")
 
 
-def test_every_point_of_a_run_is_one_to_carry_on_from(
-    original: Path, decomposed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    snapshots: list[Path] = []
-
-    def snapshot(descriptor: int) -> None:
-        if (tmp_path / "restored").exists():
-            target = tmp_path / f"{len(snapshots):03}"
-            snapshots.append(Path(shutil.copytree(tmp_path / "restored", target)))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", snapshot)
-        restore(original, decomposed, tmp_path / "restored")
+def test_every_point_of_a_run_is_one_to_carry_on_from(original: Path, decomposed: Path, tmp_path: Path) -> None:
+    (tmp_path / "snapshots").mkdir()
+    snapshots = snapshots_of(lambda output: restore(original, decomposed, output), tmp_path / "snapshots")
     assert len(snapshots) > 2 * SHARDS
-    carried = []
-    for folder in snapshots:
-        again = restore(original, decomposed, folder)
-        carried.append(SHARDS if again.was_finished else again.carried_over)
-        assert files_of(folder) == files_of(decomposed), folder.name
+
+    def carry_on(output: Path) -> int:
+        outcome = restore(original, decomposed, output)
+        return SHARDS if outcome.was_finished else outcome.carried_over
+
+    carried = work_done_from(snapshots, carry_on, files_of(decomposed), tmp_path)
     assert carried == sorted(carried)
     assert set(carried) == set(range(SHARDS + 1))
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
-@pytest.mark.parametrize("kill_at", ["10", "23"])
-def test_kill_9_and_the_same_call_again(original: Path, decomposed: Path, tmp_path: Path, kill_at: str) -> None:
-    arguments = [original, decomposed, tmp_path / "restored"]
-    process = subprocess.run(
-        [sys.executable, "-c", _DEADLY, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "KILL_AT": kill_at},
-        timeout=600,
-        check=False,
-    )
-    assert process.returncode == -signal.SIGKILL
-    assert not (tmp_path / "restored" / MANIFEST).exists()
-    assert restore(*arguments).carried_over > 0
-    assert files_of(tmp_path / "restored") == files_of(decomposed)
 
 
 @pytest.mark.parametrize("other", ["decompose", "restore"])

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from pissa_hub.pipeline.shared import Shared
 
 from ..conftest import SHARDED, Factory
 from ..helpers import MANIFEST, ROOT, files_of
+from ..interrupted import receipts_in, wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
 
@@ -154,19 +155,6 @@ def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
     return [(process.returncode, *texts) for process, texts in zip(processes, printed, strict=True)]
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    for _ in range(6000):
-        if condition():
-            return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-    raise AssertionError("it does not happen")
-
-
-def receipts_in(output: Path) -> int:
-    return len(list(output.glob(".pissa/*.receipt.json")))
-
-
 @pytest.fixture
 def own(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What this process finishes of a job that it shares: it waits for its helpers to come, and is slower than they."""
@@ -294,7 +282,7 @@ def test_tasks_of_slurm_survive_one_of_them(
     """Its shards are done by the others."""
     arguments: list[str | Path] = ["decompose", source, "-o", tmp_path / "out", "--rank", "4"]
     tasks = as_slurm(program, 3, arguments, SLOW="0.05")
-    wait_until(lambda: receipts_in(tmp_path / "out") > 0, tasks[0])
+    wait_until(lambda: bool(receipts_in(tmp_path / "out")), tasks[0])
     tasks[1].kill()
     found = ended(tasks)
     assert [code for code, _, _ in found] == [0, -signal.SIGKILL, 0], found
@@ -308,7 +296,7 @@ def test_tasks_of_slurm_end_if_rank_0_is_killed(
 ) -> None:
     arguments: list[str | Path] = ["decompose", source, "-o", tmp_path / "out", "--rank", "4"]
     tasks = as_slurm(program, 2, arguments, SLOW="0.3")
-    wait_until(lambda: receipts_in(tmp_path / "out") > 0, tasks[0])
+    wait_until(lambda: bool(receipts_in(tmp_path / "out")), tasks[0])
     tasks[0].kill()
     code, out, err = ended(tasks)[1]
     assert (code, out) == (1, "")
@@ -339,7 +327,7 @@ def test_a_stopped_run_takes_its_helpers_with_it(
     process = start(
         [sys.executable, program, "decompose", source, "-o", output, "--rank", "4", "--devices", "cpu,cpu"], SLOW="0.2"
     )
-    wait_until(lambda: receipts_in(output) > 0, process)
+    wait_until(lambda: bool(receipts_in(output)), process)
     helpers = children_of(process.pid)
     process.send_signal(how)
     ((found, out, err),) = ended([process])
@@ -357,7 +345,7 @@ def test_a_killed_run_takes_its_helpers_with_it(program: Path, source: Path, tmp
     process = start(
         [sys.executable, program, "decompose", source, "-o", output, "--rank", "4", "--devices", "cpu,cpu"], SLOW="0.2"
     )
-    wait_until(lambda: receipts_in(output) > 0, process)
+    wait_until(lambda: bool(receipts_in(output)), process)
     helpers = children_of(process.pid)
     process.kill()
     process.communicate(timeout=60)
@@ -376,7 +364,7 @@ def test_a_killed_helper_is_stood_in_for(
     process = start(
         [sys.executable, program, "decompose", source, "-o", output, "--rank", "4", "--devices", "cpu,cpu"], SLOW="0.1"
     )
-    wait_until(lambda: receipts_in(output) > 0, process)
+    wait_until(lambda: bool(receipts_in(output)), process)
     (helper,) = children_of(process.pid)
     os.kill(helper, signal.SIGKILL)
     ((code, _, err),) = ended([process])
@@ -426,7 +414,7 @@ def test_one_process_carries_on_with_the_pieces_of_several(
     source, output = tiny_checkpoint(), tmp_path / "out"
     command: list[str | Path] = [sys.executable, program, "decompose", source, "-o", output, "--rank", "4"]
     process = start([*command, "--devices", "cpu,cpu"], PIECE=20_000, SLOW="0.1")
-    wait_until(lambda: receipts_in(output) > 2, process)
+    wait_until(lambda: len(receipts_in(output)) > 2, process)
     process.kill()
     process.communicate(timeout=60)
     assert not (output / MANIFEST).exists()

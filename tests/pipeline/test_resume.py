@@ -9,8 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,6 +24,7 @@ from pissa_hub.pipeline.settings import Settings
 
 from ..conftest import SHARDED, Factory
 from ..helpers import MANIFEST, ROOT, files_of, run_cli
+from ..interrupted import receipts_in, snapshots_of, unfinished, wait_until, work_done_from
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
@@ -77,51 +77,29 @@ def reference(
 
 @pytest.fixture(scope="module")
 def snapshots(tiny_checkpoint: Factory, tmp_path_factory: pytest.TempPathFactory, two_threads: None) -> list[Path]:
-    """The output folder as a kill would leave it, before and after every file gets its name."""
-    folder = tmp_path_factory.mktemp("snapshots")
-    output, taken = folder / "out", []
-
-    def snapshot(descriptor: int) -> None:
-        # As bytes on a disk, the partial file included: copies of open files.
-        if output.exists():
-            taken.append(Path(shutil.copytree(output, folder / f"{len(taken):03}")))
-
-    with patched(os, "fsync", snapshot):
-        decompose(small(tiny_checkpoint), output, rank=4)
+    source = small(tiny_checkpoint)
+    taken = snapshots_of(lambda output: decompose(source, output, rank=4), tmp_path_factory.mktemp("snapshots"))
     assert len(taken) > 30
     return taken
-
-
-@contextmanager
-def patched(owner: object, name: str, value: Callable[..., None]) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owner, name, value)
-        yield
-
-
-def unfinished(snapshots: list[Path], receipts: int, target: Path) -> Path:
-    """A copy of the first snapshot with so many receipts."""
-    found = next(path for path in snapshots if len(list(path.glob(".pissa/*.receipt.json"))) == receipts)
-    return Path(shutil.copytree(found, target))
 
 
 def test_every_point_of_a_run_is_one_to_carry_on_from(
     tiny_checkpoint: Factory, snapshots: list[Path], reference: dict[str, bytes], tmp_path: Path
 ) -> None:
     plan = plan_decomposition(small(tiny_checkpoint), Settings(rank=4))
-    carried = []
-    for snapshot in snapshots:
-        output = Path(shutil.copytree(snapshot, tmp_path / snapshot.name))
+
+    def carry_on(output: Path) -> int:
         outcome = run(plan, output, [CPU])
-        carried.append(SHARDS if outcome.was_finished else outcome.carried_over)
-        assert files_of(output) == reference, snapshot.name
+        return SHARDS if outcome.was_finished else outcome.carried_over
+
+    carried = work_done_from(snapshots, carry_on, reference, tmp_path)
     assert carried == sorted(carried)
     assert set(carried) == set(range(SHARDS + 1))
 
 
 def test_work_that_was_done_is_not_done_again(tiny_checkpoint: Factory, snapshots: list[Path], tmp_path: Path) -> None:
     output = unfinished(snapshots, 2, tmp_path / "out")
-    done = [path.name.removesuffix(".receipt.json") for path in output.glob(".pissa/*.receipt.json")]
+    done = receipts_in(output)
     before = {name: (output / name).stat().st_ino for name in done}
     outcome = decompose(small(tiny_checkpoint), output, rank=4)
     assert outcome.carried_over == 2
@@ -318,19 +296,6 @@ def start(source: Path, output: Path, **environment: str) -> subprocess.Popen[st
     )
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    for _ in range(6000):
-        if path.exists():
-            return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-    raise AssertionError(f"{path} does not appear")
-
-
-def receipts_in(output: Path) -> int:
-    return len(list(output.glob(".pissa/*.receipt.json")))
-
-
 @posix_only
 @pytest.mark.parametrize("kill_at", ["12", "after a receipt, anywhere", "16"])
 def test_kill_9_and_the_same_command_again(
@@ -341,7 +306,7 @@ def test_kill_9_and_the_same_command_again(
         process = start(source, output, KILL_AT=kill_at)
     else:
         process = start(source, output)
-        wait_for(output / FIRST_RECEIPT, process)
+        wait_until((output / FIRST_RECEIPT).exists, process)
         time.sleep(random.random() * 0.2)
         process.kill()
     process.communicate(timeout=600)
@@ -360,7 +325,7 @@ def test_interrupt_says_so_and_the_same_command_carries_on(
 ) -> None:
     source, output = small(tiny_checkpoint), tmp_path / "out"
     process = start(source, output)
-    wait_for(output / FIRST_RECEIPT, process)
+    wait_until((output / FIRST_RECEIPT).exists, process)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=600)
     assert process.returncode == 130
