@@ -10,10 +10,11 @@ from pissa_hub.adapter.config import to_json
 from pissa_hub.adapter.merge_places import MergedTensor, find_places
 from pissa_hub.adapter.peft_files import Adapter
 from pissa_hub.checkpoint.encoding import is_plain
-from pissa_hub.checkpoint.header import Header, TensorEntry, TensorSpec, build_header, canonical
+from pissa_hub.checkpoint.header import Header, TensorSpec, build_header, canonical
 from pissa_hub.checkpoint.index import INDEX_NAME
-from pissa_hub.checkpoint.source import Checkpoint, Shard
+from pissa_hub.checkpoint.source import Checkpoint
 from pissa_hub.model.modules import ModelLayout
+from pissa_hub.pipeline.planned import WholeShard
 from pissa_hub.pipeline.settings import ADAPTER_DTYPES, SOURCE_DTYPE
 
 _NAMES = {stored: name for name, stored in ADAPTER_DTYPES.items()}
@@ -21,7 +22,7 @@ _NAMES = {stored: name for name, stored in ADAPTER_DTYPES.items()}
 
 @dataclass(frozen=True)
 class MergedWeight:
-    """A stored tensor that changes; as the stream sees it, see ``pipeline.stream.PlannedWeight``.
+    """A stored tensor that changes; as the stream sees it, see ``pipeline.planned.PlannedWeight``.
 
     Attributes:
         stored: as the base has it.
@@ -56,22 +57,7 @@ class MergedWeight:
         return {tensor.spec.dtype for tensor in self.tensors} - {self.stored.dtype}
 
 
-@dataclass(frozen=True)
-class MergedShard:
-    """One shard; see ``pipeline.stream.PlannedShard``."""
-
-    source: Shard
-    output: Header
-    weights: Mapping[str, MergedWeight]
-    adapter: None = None
-
-    @property
-    def name(self) -> str:
-        return self.source.name
-
-    @property
-    def entries(self) -> Sequence[TensorEntry]:
-        return self.source.header.entries
+MergedShard = WholeShard[MergedWeight]
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from pissa_hub.cli.options import (
     keep_source_option,
     output_format_option,
     output_option,
+    print_done,
     print_notes,
-    print_result,
     require_one_of_the_device_options,
 )
 
@@ -72,18 +72,13 @@ def convert(adapter: Path, init: Path | None, output: Path, output_format: str, 
         conversion = run_convert(adapter, init, output, progress=bar, **options)
     record = conversion.record
     print_notes(record.notes)
-
-    def text() -> str:
-        if conversion.was_finished:
-            return f"{output} is finished already: same adapter, same init, same settings; nothing to do"
-        return f"{report.conversion_text(record)}\n\n{adapter} -> {output}: {report.total_size(record.files)}"
-
-    result = {
-        "output": str(output),
-        "was_finished": conversion.was_finished,
-        **report.conversion_json(record),
-    }
-    print_result(output_format, result, text)
+    print_done(
+        output_format,
+        output,
+        {"was_finished": conversion.was_finished, **report.conversion_json(record)},
+        lambda: f"{report.conversion_text(record)}\n\n{adapter} -> {output}: {report.total_size(record.files)}",
+        same="same adapter, same init, same settings",
+    )
 
 
 @click.command()
@@ -116,19 +111,13 @@ def merge(residual: Path, adapter: Path, output: Path, output_format: str, **opt
     with Bar() as bar:
         merged = run_merge(residual, adapter, output, progress=bar, **options)
     print_notes(merged.record.notes)
-
-    def text() -> str:
-        if merged.was_finished:
-            return f"{output} is finished already: same base, same adapter, same settings; nothing to do"
-        return f"{residual} + {adapter} -> {output}: {report.total_size(merged.record.files)}"
-
-    result = {
-        "output": str(output),
-        "was_finished": merged.was_finished,
-        "carried_over": merged.carried_over,
-        **asdict(merged.record),
-    }
-    print_result(output_format, result, text)
+    print_done(
+        output_format,
+        output,
+        {"was_finished": merged.was_finished, "carried_over": merged.carried_over, **asdict(merged.record)},
+        lambda: f"{residual} + {adapter} -> {output}: {report.total_size(merged.record.files)}",
+        same="same base, same adapter, same settings",
+    )
 
 
 @click.command()
@@ -153,20 +142,15 @@ def restore(source: Path, init: Path, output: Path, output_format: str, **option
     require_one_of_the_device_options(click.get_current_context())
     with Bar() as bar:
         restored = run_restore(source, init, output, progress=bar, **options)
-    manifest = restored.manifest
-
-    def text() -> str:
-        if restored.was_finished:
-            return f"{output} is finished already; nothing to do"
-        return (
-            f"{source} + {init} -> {output}: {report.total_size(manifest.files)}, "
-            f"{len(manifest.files)} files with the hashes of the manifest"
-        )
-
-    result = {
-        "output": str(output),
-        "was_finished": restored.was_finished,
-        "carried_over": restored.carried_over,
-        **report.manifest_json(manifest),
-    }
-    print_result(output_format, result, text)
+    manifest, files = restored.manifest, restored.manifest.files
+    print_done(
+        output_format,
+        output,
+        {
+            "was_finished": restored.was_finished,
+            "carried_over": restored.carried_over,
+            **report.manifest_json(manifest),
+        },
+        lambda: f"{source} + {init} -> {output}: {report.total_size(files)}, {len(files)} files as in the manifest",
+        same="same source, same manifest",
+    )

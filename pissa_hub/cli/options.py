@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,25 @@ def print_result(output_format: str, result: dict[str, Any], text: Callable[[], 
     """One JSON object, or the text, made only if it is asked for."""
     if _speaks():
         click.echo(json.dumps(result) if output_format == "json" else text())
+
+
+def print_done(
+    output_format: str, output: Path, done: Mapping[str, Any], text: Callable[[], str], *, same: str
+) -> None:
+    """What was made of a folder; of one that was finished before, that it still is what was asked for.
+
+    Args:
+        output_format: as asked for.
+        output: the folder.
+        done: for JSON; ``was_finished`` decides on the text.
+        text: of what was done now.
+        same: what a finished folder is known by.
+    """
+
+    def said() -> str:
+        return f"{output} is finished already: {same}; nothing to do" if done["was_finished"] else text()
+
+    print_result(output_format, {"output": str(output), **done}, said)
 
 
 def _speaks() -> bool:

@@ -8,7 +8,8 @@ from typing import Generic, TypeVar
 import torch
 
 from pissa_hub.errors import ResourceError
-from pissa_hub.pipeline.stream import Made, PlannedWeight, Worker
+from pissa_hub.pipeline.planned import PlannedWeight
+from pissa_hub.pipeline.stream import Made, Worker
 
 W = TypeVar("W", bound=PlannedWeight)
 _CPU = torch.device("cpu")

@@ -33,11 +33,11 @@ from pissa_hub.pipeline import pieces
 from pissa_hub.pipeline.destination import Destination, InPlace
 from pissa_hub.pipeline.helpers import Helpers
 from pissa_hub.pipeline.pieces import bytes_read, divide, too_large
+from pissa_hub.pipeline.planned import PlannedWeight
 from pissa_hub.pipeline.receipts import Receipt, WorkFolder
 from pissa_hub.pipeline.schedule import Alone
 from pissa_hub.pipeline.share import Share, Workload, is_there
 from pissa_hub.pipeline.shared import Shared
-from pissa_hub.pipeline.stream import PlannedWeight
 from pissa_hub.progress import Progress, Silent
 from pissa_hub.ranks import find_rank
 

@@ -15,12 +15,13 @@ from typing import Any
 
 from pissa_hub import __version__
 from pissa_hub.checkpoint.encoding import require_plain
-from pissa_hub.checkpoint.header import Header, TensorEntry, TensorSpec, build_header, canonical
+from pissa_hub.checkpoint.header import Header, TensorSpec, build_header, canonical
 from pissa_hub.checkpoint.index import INDEX_NAME
 from pissa_hub.checkpoint.source import Checkpoint, Shard
 from pissa_hub.manifest import lora_names
 from pissa_hub.model.modules import ModelLayout
 from pissa_hub.model.targets import Target, peft_patterns, peft_target_modules, select_targets
+from pissa_hub.pipeline.planned import WholeShard
 from pissa_hub.pipeline.settings import ADAPTER_DTYPES, SOURCE_DTYPE, Settings
 
 ADAPTER_FOLDER = "pissa_init"
@@ -72,25 +73,8 @@ class WeightPlan:
         return max(self.stored.nbytes, replace(self.stored, dtype=self.residual_dtype).nbytes)
 
 
-@dataclass(frozen=True)
-class ShardPlan:
-    """One shard: its source, the header of what replaces it, and the weights in it by tensor name.
-
-    ``adapter`` is the header of the shard's own part of the adapter, None where it holds no target.
-    """
-
-    source: Shard
-    output: Header
-    weights: Mapping[str, WeightPlan]
-    adapter: Header | None
-
-    @property
-    def name(self) -> str:
-        return self.source.name
-
-    @property
-    def entries(self) -> Sequence[TensorEntry]:
-        return self.source.header.entries
+# ``adapter`` is None where a shard holds no target.
+ShardPlan = WholeShard[WeightPlan]
 
 
 @dataclass(frozen=True)

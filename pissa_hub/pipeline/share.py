@@ -16,9 +16,10 @@ from pissa_hub.errors import ReadError
 from pissa_hub.pipeline.destination import Destination
 from pissa_hub.pipeline.fallback import Resilient
 from pissa_hub.pipeline.pieces import Division, Piece, bytes_read, join
+from pissa_hub.pipeline.planned import PlannedShard, PlannedWeight, span_of
 from pissa_hub.pipeline.receipts import Receipt, WorkFolder
 from pissa_hub.pipeline.schedule import Schedule
-from pissa_hub.pipeline.stream import PlannedShard, PlannedWeight, Worker, span_of, stream
+from pissa_hub.pipeline.stream import Worker, stream
 
 W = TypeVar("W", bound=PlannedWeight)
 _AGAIN = "run the same command again to carry on"

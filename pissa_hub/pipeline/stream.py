@@ -8,25 +8,25 @@ eigenproblems and narrow products use one core far better than they use many.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 from pissa_hub.checkpoint.files import Supply
-from pissa_hub.checkpoint.header import Header, TensorEntry
+from pissa_hub.checkpoint.header import TensorEntry
 from pissa_hub.checkpoint.reader import Buffer, BufferPool, PoolClosedError, ShardReader
-from pissa_hub.checkpoint.source import Shard
 from pissa_hub.checkpoint.writer import FileDigest, ShardWriter
 from pissa_hub.errors import HubError
 from pissa_hub.factorization.precision import exact_fp32
 from pissa_hub.manifest import WeightRecord
 from pissa_hub.pipeline.destination import InPlace, Place
 from pissa_hub.pipeline.device import environment
+from pissa_hub.pipeline.planned import PlannedShard, PlannedWeight, span_of
 from pissa_hub.pipeline.receipts import Receipt, WorkFolder
 from pissa_hub.pipeline.threads import Prefetch, Sink, Team
 from pissa_hub.progress import Progress
@@ -37,56 +37,7 @@ BUFFER_BUDGET = 64 << 20
 _QUEUED = 4
 
 
-class PlannedWeight(Protocol):
-    """A stored tensor that a worker replaces."""
-
-    @property
-    def name(self) -> str:
-        """For people."""
-
-    @property
-    def room(self) -> int:
-        """Bytes of its buffer: of what is read or of all that replaces it, whichever is more."""
-
-    @property
-    def replaced_by(self) -> Sequence[str]:
-        """Names of all that replaces it in the shard."""
-
-    @property
-    def factors(self) -> Sequence[str]:
-        """Names of what goes to the shard's part of the adapter."""
-
-
 W = TypeVar("W", bound=PlannedWeight)
-W_co = TypeVar("W_co", bound=PlannedWeight, covariant=True)
-
-
-class PlannedShard(Protocol[W_co]):
-    """A shard, or a piece of one, and what is to become of it."""
-
-    @property
-    def name(self) -> str:
-        """Relative POSIX name of the file that is written."""
-
-    @property
-    def source(self) -> Shard:
-        """The shard that is read."""
-
-    @property
-    def entries(self) -> Sequence[TensorEntry]:
-        """What of it is read, in file order."""
-
-    @property
-    def output(self) -> Header:
-        """Of the file that is written."""
-
-    @property
-    def weights(self) -> Mapping[str, W_co]:
-        """What goes to a worker, by its name in the source; all other tensors are copied."""
-
-    @property
-    def adapter(self) -> Header | None:
-        """Of the shard's own part of the adapter, None where nothing goes there."""
 
 
 @dataclass(frozen=True)
@@ -104,13 +55,6 @@ class Made:
     adapter: Mapping[str, memoryview]
     record: WeightRecord | None = None
     device: str = ""
-
-
-def span_of(shard: PlannedShard[W]) -> range | None:
-    """The bytes of the source that a piece is made of; None for a whole shard."""
-    if len(shard.entries) == len(shard.source.header.entries):
-        return None
-    return range(shard.entries[0].start, shard.entries[-1].stop)
 
 
 # Takes a weight and its buffer, the stored bytes at the front.

@@ -4,6 +4,7 @@ import hashlib
 import mmap
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from pissa_hub.checkpoint import reader
-from pissa_hub.checkpoint.header import read_header
+from pissa_hub.checkpoint.header import TensorEntry, read_header
 from pissa_hub.checkpoint.reader import BufferPool, PoolClosedError, ShardReader, sha256_file
 from pissa_hub.errors import CheckpointError
 
@@ -34,6 +35,13 @@ def bytes_of(tensor: torch.Tensor) -> bytes:
     return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
+def assert_reads(source: ShardReader, entries: Iterable[TensorEntry], tensors: dict[str, torch.Tensor]) -> None:
+    for entry in entries:
+        buffer = memoryview(bytearray(entry.nbytes))
+        source.read_into(entry, buffer)
+        assert bytes(buffer) == bytes_of(tensors[entry.name])
+
+
 def test_reads_what_was_saved_and_hashes_the_file(
     shard: tuple[Path, dict[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -41,10 +49,7 @@ def test_reads_what_was_saved_and_hashes_the_file(
     monkeypatch.setattr(reader, "_READ_BYTES", 1000)  # several reads per tensor
     header = read_header(path)
     with ShardReader(path, header) as source:
-        for entry in header.entries:
-            buffer = memoryview(bytearray(entry.nbytes))
-            source.read_into(entry, buffer)
-            assert bytes(buffer) == bytes_of(tensors[entry.name])
+        assert_reads(source, header.entries, tensors)
         assert source.sha256() == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -52,10 +57,7 @@ def test_any_order_reads_right_but_gives_no_hash(shard: tuple[Path, dict[str, to
     path, tensors = shard
     header = read_header(path)
     with ShardReader(path, header) as source:
-        for entry in reversed(header.entries):
-            buffer = memoryview(bytearray(entry.nbytes))
-            source.read_into(entry, buffer)
-            assert bytes(buffer) == bytes_of(tensors[entry.name])
+        assert_reads(source, reversed(header.entries), tensors)
         with pytest.raises(RuntimeError, match="read in order"):
             source.sha256()
 
@@ -250,8 +252,5 @@ def test_a_disk_that_gives_little_at_a_time(
     path, tensors = shard
     header = read_header(path)
     with ShardReader(path, header) as opened:
-        for entry in header.entries:
-            buffer = memoryview(bytearray(entry.nbytes))
-            opened.read_into(entry, buffer)
-            assert bytes(buffer) == bytes_of(tensors[entry.name])
+        assert_reads(opened, header.entries, tensors)
         assert opened.sha256() == hashlib.sha256(path.read_bytes()).hexdigest()

@@ -15,11 +15,11 @@ from pissa_hub.errors import ReadError
 from pissa_hub.pipeline.decompose import _Decomposition, plan_decomposition
 from pissa_hub.pipeline.destination import InPlace
 from pissa_hub.pipeline.pieces import Division, cut, divide, too_large
+from pissa_hub.pipeline.planned import span_of
 from pissa_hub.pipeline.receipts import WorkFolder
 from pissa_hub.pipeline.schedule import Alone
 from pissa_hub.pipeline.settings import Settings
 from pissa_hub.pipeline.share import Share
-from pissa_hub.pipeline.stream import span_of
 from pissa_hub.progress import Silent
 
 from ..conftest import SHARDED, Factory

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 
 from pissa_hub import decompose
 from pissa_hub.checkpoint.files import Folder
-from pissa_hub.checkpoint.header import Header, TensorEntry, TensorSpec, build_header
+from pissa_hub.checkpoint.header import TensorSpec, build_header
 from pissa_hub.checkpoint.reader import BufferPool, ShardReader
 from pissa_hub.checkpoint.source import Shard, read_checkpoint
 from pissa_hub.checkpoint.writer import ShardWriter
 from pissa_hub.errors import OutputError, ReadError, VerificationError
 from pissa_hub.pipeline import stream
+from pissa_hub.pipeline.planned import WholeShard
 from pissa_hub.pipeline.receipts import Receipt, WorkFolder
 from pissa_hub.progress import Silent
 
@@ -142,27 +143,6 @@ class Doubled:
         return [wide, replace(wide, name=f"{self.name}.double")]
 
 
-@dataclass(frozen=True)
-class DoubledShard:
-    source: Shard
-    weights: Mapping[str, Doubled]
-    adapter: Header | None = None
-
-    @property
-    def name(self) -> str:
-        return self.source.name
-
-    @property
-    def entries(self) -> Sequence[TensorEntry]:
-        return self.source.header.entries
-
-    @property
-    def output(self) -> Header:
-        entries = self.source.header.entries
-        kept = [entry.spec for entry in entries if entry.name not in self.weights]
-        return build_header([spec for weight in self.weights.values() for spec in weight.outputs] + kept, {})
-
-
 def double(weight: Doubled, data: memoryview) -> stream.Made:
     assert data.nbytes == weight.room
     stored = torch.frombuffer(data, dtype=torch.float32, count=weight.stored.numel).double()
@@ -172,14 +152,20 @@ def double(weight: Doubled, data: memoryview) -> stream.Made:
     return stream.Made({weight.name: data[:half], f"{weight.name}.double": data[half:]}, {})
 
 
-def doubled_shards(source: Path) -> list[DoubledShard]:
-    return [
-        DoubledShard(shard, {entry.name: Doubled(entry.spec) for entry in shard.header.entries if len(entry.shape) > 1})
-        for shard in read_checkpoint(source).shards
-    ]
+def doubled_shard(shard: Shard) -> WholeShard[Doubled]:
+    entries = shard.header.entries
+    weights = {entry.name: Doubled(entry.spec) for entry in entries if len(entry.shape) > 1}
+    kept = [entry.spec for entry in entries if entry.name not in weights]
+    return WholeShard(
+        shard, build_header([spec for weight in weights.values() for spec in weight.outputs] + kept, {}), weights
+    )
 
 
-def run_stream(shards: list[DoubledShard], output: Path, accept: Callable[[Receipt], None]) -> WorkFolder:
+def doubled_shards(source: Path) -> list[WholeShard[Doubled]]:
+    return [doubled_shard(shard) for shard in read_checkpoint(source).shards]
+
+
+def run_stream(shards: list[WholeShard[Doubled]], output: Path, accept: Callable[[Receipt], None]) -> WorkFolder:
     """Double the shards where they lie, with two workers."""
     work, folder = work_in(output), Folder(shards[0].source.path.parent)
     room = max(weight.room for shard in shards for weight in shard.weights.values())
