@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import machine, markdown_table, save, versions
-from pissa_hub.pipeline import shared as sharing
 from pissa_hub.pipeline.shared import Shared
 from pissa_hub.pipeline.store import host_store, reach_store
 from pissa_hub.progress import Silent
@@ -75,12 +74,11 @@ def _crews(workers: int) -> list[range]:
 
 
 def _shared(store: Any, rank: int, workers: int, port: int) -> Shared:
-    sharing._calls.clear()  # as in a process of its own
-    return Shared(store, Rank(rank, workers, rank, _LOCAL, port, hosts_store=rank == 0), _JOB, Silent())
+    return Shared(store, Rank(rank, workers, _LOCAL, port, hosts_store=rank == 0), _JOB, Silent())
 
 
 def _work(ranks: range, workers: int, port: int, shards: int, seconds: float, results: Any) -> None:
-    stores = [reach_store(Rank(rank, workers, rank, _LOCAL, port, hosts_store=False), wait=60.0) for rank in ranks]
+    stores = [reach_store(Rank(rank, workers, _LOCAL, port, hosts_store=False), wait=60.0) for rank in ranks]
     schedules = [_shared(store, rank, workers, port) for store, rank in zip(stores, ranks, strict=True)]
     with ThreadPoolExecutor(len(ranks)) as pool:
         found = list(pool.map(lambda shared: _live(shared, shards, seconds), schedules))

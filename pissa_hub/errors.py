@@ -5,6 +5,8 @@ The command line prints the message and exits with ``exit_code``; library users 
 
 import re
 
+# The remedy for whatever interrupts work that is kept.
+CARRY_ON = "run the same command again to carry on"
 _MAX_CHARS = 1000
 _LONG_WORD = re.compile(r"(\S{200})\S{100,}(\S{100})")
 

@@ -21,14 +21,12 @@ class Rank:
     Attributes:
         rank: 0 to ``world_size`` - 1; rank 0 leads.
         world_size: how many there are to be.
-        local_rank: position on its machine.
         address, port: of the rendezvous store.
         hosts_store: whether this process is the store's server; under torchrun the agent is.
     """
 
     rank: int
     world_size: int
-    local_rank: int
     address: str
     port: int
     hosts_store: bool
@@ -42,7 +40,6 @@ class Rank:
         return {
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.world_size),
-            "LOCAL_RANK": str(self.local_rank),
             "MASTER_ADDR": self.address,
             "MASTER_PORT": str(self.port),
         }
@@ -51,9 +48,8 @@ class Rank:
 def find_rank(environment: Mapping[str, str] | None = None) -> Rank | None:
     """This process among several; None if it is the only one.
 
-    ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT`` as torch.distributed has them; without
-    ``RANK``, what SLURM sets in a step of several tasks, and there alone: a batch script is one process, whatever its
-    job was given.
+    ``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` and ``MASTER_PORT`` as torch.distributed has them; without ``RANK``, what
+    SLURM sets in a step of several tasks, and there alone: a batch script is one process, whatever its job was given.
 
     Args:
         environment: the process's own by default.
@@ -74,7 +70,6 @@ def find_rank(environment: Mapping[str, str] | None = None) -> Rank | None:
     return Rank(
         rank=rank,
         world_size=world_size,
-        local_rank=_natural({"LOCAL_RANK": "0", **found}, "LOCAL_RANK"),
         address=found["MASTER_ADDR"],
         port=_natural(found, "MASTER_PORT"),
         hosts_store=rank == 0 and found.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
@@ -102,7 +97,6 @@ def _from_slurm(found: Mapping[str, str]) -> dict[str, str]:
     return {
         "RANK": found.get("SLURM_PROCID", ""),
         "WORLD_SIZE": found["SLURM_STEP_NUM_TASKS"],
-        "LOCAL_RANK": found.get("SLURM_LOCALID", "0"),
         "MASTER_ADDR": _first_host(found.get("SLURM_STEP_NODELIST", "")),
         "MASTER_PORT": str(_SLURM_PORTS[(job * 16 + step) % len(_SLURM_PORTS)]),
     }

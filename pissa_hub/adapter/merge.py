@@ -32,7 +32,8 @@ from pissa_hub.hub.pull import pull_checkpoint, pull_folder
 from pissa_hub.manifest import MANIFEST_NAME, SourceRecord, file_digests
 from pissa_hub.model.modules import resolve_layout
 from pissa_hub.pipeline.device import pick_devices, worker_count
-from pissa_hub.pipeline.job import carry_out, check_whole
+from pissa_hub.pipeline.job import carry_out
+from pissa_hub.pipeline.output import check_whole
 from pissa_hub.pipeline.receipts import Receipt, WorkFolder, pinned_commits
 from pissa_hub.pipeline.settings import ADAPTER_DTYPES, SOURCE_DTYPE
 from pissa_hub.progress import Progress, Silent

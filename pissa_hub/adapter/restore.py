@@ -18,7 +18,8 @@ from pissa_hub.errors import MatrixError, OutputError
 from pissa_hub.hub.pull import pull_folder, pull_original
 from pissa_hub.manifest import MANIFEST_NAME, Manifest, load_manifest
 from pissa_hub.pipeline.device import pick_devices, worker_count
-from pissa_hub.pipeline.job import carry_out, check_whole
+from pissa_hub.pipeline.job import carry_out
+from pissa_hub.pipeline.output import check_whole
 from pissa_hub.pipeline.plan import ShardPlan
 from pissa_hub.pipeline.receipts import Receipt, WorkFolder, pinned_commits
 from pissa_hub.pipeline.workers import Restorer

@@ -17,7 +17,7 @@ from pissa_hub.cli.adapter import convert, merge, restore
 from pissa_hub.cli.decompose import decompose
 from pissa_hub.cli.examples import demo, recipes
 from pissa_hub.cli.folders import inspect, publish, verify
-from pissa_hub.errors import PissaHubError
+from pissa_hub.errors import CARRY_ON, PissaHubError
 
 
 @click.group(
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except (KeyboardInterrupt, click.Abort) as error:
         is_terminated = isinstance(error.__cause__ or error, _Terminated)
         how = "terminated" if is_terminated else "interrupted"
-        click.echo(f"{how}; run the same command again to carry on", err=True)
+        click.echo(f"{how}; {CARRY_ON}", err=True)
         _leave(128 + (signal.SIGTERM if is_terminated else signal.SIGINT))
     except (PissaHubError, OSError) as error:
         if os.environ.get("PISSA_HUB_DEBUG"):

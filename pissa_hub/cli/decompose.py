@@ -116,7 +116,7 @@ def decompose(
     from pissa_hub.hub.card import load_snippet
     from pissa_hub.pipeline.decompose import open_publication, plan_decomposition, publishing_bytes, run
     from pissa_hub.pipeline.device import pick_devices
-    from pissa_hub.pipeline.job import free_space
+    from pissa_hub.pipeline.output import free_space
     from pissa_hub.pipeline.settings import Settings
     from pissa_hub.progress import Bar
 

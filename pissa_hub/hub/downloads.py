@@ -10,7 +10,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
-from pissa_hub.errors import HubError
+from pissa_hub.errors import CARRY_ON, HubError
 from pissa_hub.hub.repository import Repository, silent_bar
 
 _POLL_SECONDS = 0.1
@@ -94,7 +94,7 @@ class _Download(Thread):
         if self._error is not None:
             raise self._error
         if self.is_alive():
-            raise HubError("the download is no longer waited for", "run the same command again to carry on")
+            raise HubError("the download is no longer waited for", CARRY_ON)
         return self._path
 
     def run(self) -> None:

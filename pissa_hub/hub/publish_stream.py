@@ -15,7 +15,7 @@ from pathlib import Path
 from threading import Event, Thread
 
 from pissa_hub.checkpoint.writer import FileDigest, write_file_atomic
-from pissa_hub.errors import HubError, OutputError, VerificationError
+from pissa_hub.errors import CARRY_ON, HubError, OutputError, VerificationError
 from pissa_hub.hub.card_data import Metadata
 from pissa_hub.hub.publish import Published, commit_message
 from pissa_hub.hub.publish_release import Base, Content, full_contents, open_release
@@ -96,7 +96,7 @@ class Publication:
             upload = _Upload(partial(self._send, name, path, digest))
             while upload.is_alive():
                 if self._stopped.is_set():
-                    raise HubError(f"{name} is no longer waited for", "run the same command again to carry on")
+                    raise HubError(f"{name} is no longer waited for", CARRY_ON)
                 upload.join(_POLL_SECONDS)
             if upload.error is not None:
                 raise upload.error

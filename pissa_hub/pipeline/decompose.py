@@ -23,7 +23,8 @@ from pissa_hub.model.modules import resolve_layout
 from pissa_hub.pipeline.destination import InPlace
 from pissa_hub.pipeline.device import pick_devices, worker_count
 from pissa_hub.pipeline.finish import CARD_NAME, finish
-from pissa_hub.pipeline.job import carry_out, check_whole
+from pissa_hub.pipeline.job import carry_out
+from pissa_hub.pipeline.output import check_whole
 from pissa_hub.pipeline.plan import ADAPTER_FOLDER, ADAPTER_NAME, Plan, ShardPlan, make_plan
 from pissa_hub.pipeline.receipts import Receipt, WorkFolder, pinned_commits
 from pissa_hub.pipeline.settings import Settings

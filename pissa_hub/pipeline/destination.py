@@ -47,9 +47,6 @@ class InPlace:
 
     held: Mapping[str, FileDigest] = {}
 
-    def permits(self, name: str) -> bool:
-        return True
-
     def add(self, name: str, path: Path, digest: FileDigest) -> None:
         """It lies where it shall."""
 

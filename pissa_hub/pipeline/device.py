@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Mapping
 from importlib.metadata import version
-from typing import TYPE_CHECKING
 
 import torch
 
 from pissa_hub.errors import PlanError
 from pissa_hub.ranks import local_rank
-
-if TYPE_CHECKING:
-    from pissa_hub.pipeline.receipts import Receipt
 
 # Bytes that the matrices of all workers may take; a larger matrix has a single worker.
 WORKSPACE_BUDGET = 512 << 20
@@ -85,13 +80,3 @@ def environment() -> dict[str, str | int]:
         "transformers": version("transformers"),
         "threads": torch.get_num_threads(),
     }
-
-
-def joint_environment(receipts: Iterable[Receipt]) -> Mapping[str, str | int]:
-    """Of all that several receipts vouch for; where they differ, all values with commas between."""
-    values: dict[str, dict[str | int, None]] = {}
-    for receipt in receipts:
-        for key, value in receipt.environment.items():
-            if value != "":
-                values.setdefault(key, {})[value] = None
-    return {key: next(iter(of)) if len(of) == 1 else ", ".join(sorted(map(str, of))) for key, of in values.items()}

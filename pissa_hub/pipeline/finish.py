@@ -9,10 +9,9 @@ from pissa_hub import __version__
 from pissa_hub.checkpoint.writer import copy_file_atomic, make_folder, write_file_atomic
 from pissa_hub.hub.card import residual_card
 from pissa_hub.manifest import MANIFEST_NAME, Manifest, SourceRecord
-from pissa_hub.pipeline.device import joint_environment
 from pissa_hub.pipeline.pieces import assemble, factor_part
 from pissa_hub.pipeline.plan import ADAPTER_FOLDER, ADAPTER_NAME, Plan
-from pissa_hub.pipeline.receipts import Receipt, WorkFolder
+from pissa_hub.pipeline.receipts import Receipt, WorkFolder, joint_environment
 
 CARD_NAME = "README.md"
 

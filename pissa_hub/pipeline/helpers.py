@@ -43,7 +43,7 @@ class Helpers(Shared):
     def __init__(self, job: Any, output: Path, devices: Sequence[torch.device], progress: Progress) -> None:
         store = host_store()
         self._ranks = [
-            Rank(number, len(devices), 0, _LOCAL, store.port, hosts_store=number == 0) for number in range(len(devices))
+            Rank(number, len(devices), _LOCAL, store.port, hosts_store=number == 0) for number in range(len(devices))
         ]
         super().__init__(store, self._ranks[0], job.digest, progress)
         self._late_seconds = 0.0  # it is stopped anyway

@@ -6,19 +6,14 @@ finished; until then ``.pissa/`` says whose unfinished work it holds.
 
 from __future__ import annotations
 
-import shutil
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
 from pissa_hub.checkpoint.files import Pin
-from pissa_hub.checkpoint.reader import sha256_file
-from pissa_hub.checkpoint.writer import FileDigest
 from pissa_hub.errors import (
     AdapterError,
     CheckpointError,
@@ -32,6 +27,8 @@ from pissa_hub.errors import (
 from pissa_hub.pipeline import pieces
 from pissa_hub.pipeline.destination import Destination, InPlace
 from pissa_hub.pipeline.helpers import Helpers
+from pissa_hub.pipeline.output import check_free, check_outside, check_space, remove_output, remove_partials
+from pissa_hub.pipeline.patience import comes_true
 from pissa_hub.pipeline.pieces import bytes_read, divide, too_large
 from pissa_hub.pipeline.planned import PlannedWeight
 from pissa_hub.pipeline.receipts import Receipt, WorkFolder
@@ -151,27 +148,27 @@ def _lead(
 ) -> Done[R]:
     """The process that checks, opens, waits for all and finishes."""
     work = WorkFolder(output, job.digest)
-    _check_outside(output, job.inputs)
+    check_outside(output, job.inputs)
     if (output / job.marker).exists():
         return _as_it_is(job, output, work, open_destination())
-    _check_free(output, work, job.digest)
+    check_free(output, work, job.digest)
     absent = [path for path in (output.absolute(), *output.absolute().parents) if not path.exists()]
     destination = open_destination()
     held = {shard.name for shard in job.shards if is_there(shard, work, destination)}
     names = [shard.source.name for shard in job.shards if shard.name not in held]
-    _check_space(output, job.disk_bytes(frozenset(held)) + job.source.room(names))
+    check_space(output, job.disk_bytes(frozenset(held)) + job.source.room(names))
     with work.locked():
         if (output / job.marker).exists():  # another process was faster
             return _as_it_is(job, output, work, destination)
-        _check_free(output, work, job.digest)
+        check_free(output, work, job.digest)
         run = work.create(job.settings, job.pins)
-        _remove_partials(output)
+        remove_partials(output)
         try:
             receipts, carried_over = _make_all(job, output, work, schedule, destination, run)
         except (AdapterError, CheckpointError, MatrixError, VerificationError) as error:
             if not isinstance(error, ReadError):
                 schedule.stop(error)
-                _remove_output(output, work, job.file_names, absent)
+                remove_output(output, work, job.file_names, absent)
                 destination.abandon()
             raise
         for note in _differences(receipts):
@@ -192,13 +189,13 @@ def _follow(job: Job[W, R], output: Path, schedule: Shared) -> Done[R]:
         except (OutputError, PeerError, ReadError):
             if not marker.exists():  # or this process slept, and the others have finished without it
                 raise
-    _in_time(marker.exists)
+    comes_true(marker.exists, _LAG_SECONDS)
     return Done(job.load(output), opening is None, 0)
 
 
 def _take_part(job: Job[W, R], output: Path, schedule: Shared, opening: Mapping[str, Any]) -> None:
     work, threads = WorkFolder(output, job.digest), torch.get_num_threads()
-    if not _in_time(lambda: work.found_run() == opening["run"] or (output / job.marker).exists()):
+    if not comes_true(lambda: work.found_run() == opening["run"] or (output / job.marker).exists(), _LAG_SECONDS):
         raise OutputError(
             f"{output} is not the folder that rank 0 writes",
             "give every rank one folder on a disk that all of them see",
@@ -231,31 +228,21 @@ def _make_all(
         if not job.source.room([shard.source.name for shard in pending]):
             to_cut.update(too_large(pending, schedule.processes))
         joined = sorted(shard.output.file_size for shard in pending if shard.name in to_cut)
-        _check_space(output, job.disk_bytes(done) + sum(joined[-schedule.processes :]))
+        check_space(output, job.disk_bytes(done) + sum(joined[-schedule.processes :]))
         threads = torch.get_num_threads()
         schedule.open({"run": run, "threads": threads, "cut": sorted(to_cut), "piece": pieces.MIN_PIECE_BYTES})
     division = divide(job.shards, to_cut, pieces.MIN_PIECE_BYTES, largest_first=isinstance(schedule, Shared))
     Share(job, output, work, schedule, destination).do(division)
     if isinstance(schedule, Shared):
-        _in_time(lambda: all(is_there(shard, work, destination) for shard in job.shards))
+        comes_true(lambda: all(is_there(shard, work, destination) for shard in job.shards), _LAG_SECONDS)
         # Done, as the others said, but not to be seen from here.
         missing = [shard for shard in job.shards if not is_there(shard, work, destination)]
         Share(job, output, work, Alone(schedule.progress), destination).do(divide(missing))
-        _remove_partials(output)  # of those that died
+        remove_partials(output)  # of those that died
     receipts = [receipt for shard in job.shards if (receipt := work.read(shard.name))]
     if len(receipts) < len(job.shards):
         raise OutputError(f"{work.folder} lost receipts while it was worked in", "run the same command again")
     return receipts, schedule.count("carried", 0)
-
-
-def _in_time(is_so: Callable[[], bool]) -> bool:
-    """Whether something is, or comes to be, that another machine has written to a network disk."""
-    end = time.monotonic() + _LAG_SECONDS
-    while not is_so():
-        if time.monotonic() > end:
-            return False
-        time.sleep(_LAG_SECONDS / 100)
-    return True
 
 
 def _differences(receipts: Sequence[Receipt]) -> Iterator[str]:
@@ -265,70 +252,3 @@ def _differences(receipts: Sequence[Receipt]) -> Iterator[str]:
         values = sorted({str(environment.get(key)) for environment in made})
         if len(values) > 1:
             yield f"shards were made with different {key} ({', '.join(values)}), so no single run has all their bytes"
-
-
-def free_space(output: Path) -> int:
-    """Free bytes on the disk that a folder is on or would be created on."""
-    existing = next(path for path in (output, *output.absolute().parents) if path.exists())
-    return shutil.disk_usage(existing).free
-
-
-def check_whole(output: Path, files: Mapping[str, FileDigest]) -> None:
-    """Raises OutputError if a file of a finished folder is gone or has other bytes."""
-    for name, digest in files.items():
-        path = output / name
-        if not path.is_file() or path.stat().st_size != digest.size or FileDigest(*sha256_file(path)) != digest:
-            raise OutputError(
-                f"{output} was finished, but {name} is damaged or gone", "remove the folder and start again"
-            )
-
-
-def _check_outside(output: Path, inputs: Mapping[str, Path]) -> None:
-    for what, path in inputs.items():
-        folder = path.resolve()
-        if output.resolve() == folder or folder in output.resolve().parents:
-            raise OutputError(f"{output} lies in the {what}", "choose a folder outside of it")
-
-
-def _check_free(output: Path, work: WorkFolder, digest: str) -> None:
-    """Raises OutputError unless the folder is absent, empty or holds unfinished work of this very job."""
-    if not output.exists():
-        return
-    if not output.is_dir():
-        raise OutputError(f"{output} is not a folder", "choose another one")
-    is_bare = not any(map(work.is_foreign, output.iterdir()))
-    if work.exists and (work.is_of_a_run or is_bare):
-        if work.found_digest() not in (None, digest):
-            raise OutputError(
-                f"{output} holds the unfinished work of another plan",
-                "run that one's command again, choose another folder or remove it",
-            )
-    elif not is_bare:
-        raise OutputError(f"{output} is not empty", "choose another folder")
-
-
-def _check_space(output: Path, needed: int) -> None:
-    free = free_space(output)
-    if needed > free:
-        raise OutputError(
-            f"{output} needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free",
-            "free some space or choose another disk",
-        )
-
-
-def _remove_partials(output: Path) -> None:
-    """What a killed run was writing when it stopped."""
-    for path in output.rglob("*.partial"):
-        if not path.is_dir():
-            path.unlink(missing_ok=True)
-
-
-def _remove_output(output: Path, work: WorkFolder, names: Collection[str], absent: Sequence[Path]) -> None:
-    """Leave nothing of a run whose input turned out to be bad, nor the folders that were ``absent``, deepest first."""
-    for name in names:
-        (output / name).unlink(missing_ok=True)
-    work.remove()
-    made = {output / folder for name in names for folder in PurePosixPath(name).parents} - {output}
-    for folder in [*sorted(made, reverse=True), *absent]:
-        with suppress(OSError):  # somebody else's files in it
-            folder.rmdir()

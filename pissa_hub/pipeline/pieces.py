@@ -18,9 +18,8 @@ from pissa_hub.checkpoint.reader import ShardReader
 from pissa_hub.checkpoint.source import Shard
 from pissa_hub.checkpoint.writer import FileDigest, ShardWriter
 from pissa_hub.errors import ReadError
-from pissa_hub.pipeline.device import joint_environment
 from pissa_hub.pipeline.planned import PlannedShard, PlannedWeight
-from pissa_hub.pipeline.receipts import Receipt, WorkFolder
+from pissa_hub.pipeline.receipts import Receipt, WorkFolder, joint_environment
 
 W = TypeVar("W", bound=PlannedWeight)
 # Of a piece, as far as tensors allow: so much that the work outweighs the files, yet enough pieces for everybody.

@@ -56,6 +56,16 @@ class Receipt:
     environment: Mapping[str, str | int]
 
 
+def joint_environment(receipts: Iterable[Receipt]) -> Mapping[str, str | int]:
+    """Of all that several receipts vouch for; where they differ, all values with commas between."""
+    values: dict[str, dict[str | int, None]] = {}
+    for receipt in receipts:
+        for key, value in receipt.environment.items():
+            if value != "":
+                values.setdefault(key, {})[value] = None
+    return {key: next(iter(of)) if len(of) == 1 else ", ".join(sorted(map(str, of))) for key, of in values.items()}
+
+
 def pinned_commits(output: Path) -> Mapping[str, str]:
     """What names on the Hub stood for in the unfinished work of a folder, by ``Pin.key``; empty if there is none."""
     try:

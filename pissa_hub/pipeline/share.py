@@ -12,7 +12,7 @@ import torch
 
 from pissa_hub.checkpoint.files import Files, Supply
 from pissa_hub.checkpoint.writer import FileDigest
-from pissa_hub.errors import ReadError
+from pissa_hub.errors import CARRY_ON, ReadError
 from pissa_hub.pipeline.destination import Destination
 from pissa_hub.pipeline.fallback import Resilient
 from pissa_hub.pipeline.pieces import Division, Piece, bytes_read, join
@@ -22,7 +22,6 @@ from pissa_hub.pipeline.schedule import Schedule
 from pissa_hub.pipeline.stream import Worker, stream
 
 W = TypeVar("W", bound=PlannedWeight)
-_AGAIN = "run the same command again to carry on"
 
 
 class Workload(Protocol[W]):
@@ -77,12 +76,12 @@ class Share(Generic[W]):
             self._supply,
             self._output,
             self._work,
-            equip,
-            job.workers,
-            max(rooms, default=0),
-            self._accept,
-            progress,
-            self,
+            equip=equip,
+            workers=job.workers,
+            room=max(rooms, default=0),
+            accept=self._accept,
+            place=self,
+            progress=progress,
         )
 
     def permits(self, name: str) -> bool:
@@ -143,7 +142,7 @@ class Share(Generic[W]):
         for piece in pieces:
             receipt = self._work.read(piece.name)
             if receipt is None:
-                raise ReadError(f"the receipt of {self._output / piece.name} is gone", _AGAIN)
+                raise ReadError(f"the receipt of {self._output / piece.name} is gone", CARRY_ON)
             receipts.append(receipt)
         source = self._job.source.path(shard.source.name)
         receipt = join(shard, pieces, receipts, source, self._output, self._work)

@@ -27,8 +27,10 @@ from threading import Event, Lock, Thread
 from typing import Any
 
 from pissa_hub import errors
-from pissa_hub.errors import PeerError, PissaHubError
-from pissa_hub.pipeline.store import AGAIN, POLL_SECONDS, Keys, Patience, reach_store
+from pissa_hub.errors import CARRY_ON, PeerError, PissaHubError
+from pissa_hub.pipeline.patience import Patience
+from pissa_hub.pipeline.rounds import Round
+from pissa_hub.pipeline.store import POLL_SECONDS, Keys, reach_store
 from pissa_hub.progress import Progress
 from pissa_hub.ranks import Rank
 
@@ -38,6 +40,7 @@ GRACE_SECONDS = 20.0
 # How long to wait for a store or a rank 0 that has not come.
 JOIN_SECONDS = 300.0
 _LAST_SECONDS = 5.0
+# One program may ask for the same work twice, and finds the store of the first time: everybody counts alike.
 _calls: Counter[str] = Counter()
 
 
@@ -47,15 +50,13 @@ class Shared:
     Args:
         store: a ``torch.distributed.Store`` that all of them reach.
         rank: which of them this is.
-        job: what they do together: SHA-256 of the plan.
+        job: what they do together; nothing else in that store has this name.
         progress: told of everybody's bytes.
     """
 
     def __init__(self, store: Any, rank: Rank, job: str, progress: Progress) -> None:
-        _calls[job] += 1  # everybody's alike: one program may ask for the same work twice
-        self._root = Keys(store).below(f"pissa-hub/{job}/{_calls[job]}")
-        self._store = self._root
-        self._round = ""
+        self._root = Keys(store).below(f"pissa-hub/{job}")
+        self._round = Round(self._root, "", GRACE_SECONDS)
         self.rank, self.processes = rank.rank, rank.world_size
         self._rank = rank
         self._name = f"{rank.rank}.{os.getpid()}.{secrets.token_hex(4)}"
@@ -64,19 +65,22 @@ class Shared:
         self._closed = Event()
         self._left = Event()
         self._failure: PissaHubError | None = None
-        self._heartbeats: dict[str, tuple[int, float]] = {}
         self._pulse = Thread(target=self._beat, name="heartbeat", daemon=True)
         self.progress = _Sum(progress, self.check)
 
     @classmethod
     def by_environment(cls, rank: Rank, job: str, progress: Progress) -> Shared:
         """With the store that the rank names. Raises PeerError if that cannot be reached."""
-        return cls(reach_store(rank, JOIN_SECONDS), rank, job, progress)
+        _calls[job] += 1
+        return cls(reach_store(rank, JOIN_SECONDS), rank, f"{job}/{_calls[job]}", progress)
+
+    @property
+    def _store(self) -> Keys:
+        return self._round.keys
 
     def __enter__(self) -> Shared:
         if self._rank.leads:
-            self._round = str(self._root.add("round", 1))
-            self._store = self._root.below(self._round)
+            self._round = Round(self._root, str(self._root.add("round", 1)), GRACE_SECONDS)
             self._store.set("leader", self._name)
             self._pulse.start()
         return self
@@ -103,35 +107,29 @@ class Shared:
             PeerError: rank 0 does not come.
             PissaHubError: what stopped it.
         """
-        patience, number, heard = Patience(JOIN_SECONDS), None, False
-        while not patience.is_over:
-            if (found := self._root.get("round")) is not None:
-                if found != number:
-                    # One that failed may be that of processes that were all stopped to be started anew.
-                    number, renewal = found, Patience(GRACE_SECONDS)
-                    self._store, heard = self._root.below(number), False
-                opened, ended, failed = (self._store.get(key) for key in ("opened", "ended", "failed"))
-                is_over = ended is not None and (failed is None or renewal.is_over)
-                if ended is None and self._has_moved(leader := self._store.get("leader")):
-                    patience, heard = Patience(JOIN_SECONDS), True
-                    self._heartbeats.pop(str(leader))  # to be heard again
-                if is_over or (heard and ended is None and opened):
-                    self._store.append("joined", self._name)
-                    self._pulse.start()
-                    self._hear()
-                    self.check()
-                    opening: Mapping[str, Any] | None = None if is_over else json.loads(str(opened))
-                    return opening
+        patience = Patience(JOIN_SECONDS)
+        while not patience.ran_out():
+            self._find_newest_round()
+            if self._round.hears_leader():
+                patience = Patience(JOIN_SECONDS)
+            is_over = self._round.is_over()
+            opening = None if is_over else self._round.opening()
+            if is_over or opening is not None:
+                self._store.append("joined", self._name)
+                self._pulse.start()
+                self._hear()
+                self.check()
+                return None if opening is None else dict(json.loads(opening))
             time.sleep(POLL_SECONDS)
         raise PeerError("rank 0 has not begun", "give every rank the same command and look at its output")
 
     def wait_for_end(self) -> None:
         """Another rank: until rank 0 is through. Raises PissaHubError if it failed."""
-        leader = str(self._store.get("leader"))
-        while self._store.get("ended") is None:
+        leader = str(self._round.leader())
+        while not self._round.is_ended():
             self.check()
-            if not self._is_alive(leader):
-                raise PeerError("rank 0 has died", AGAIN)
+            if not self._round.is_alive(leader):
+                raise PeerError("rank 0 has died", CARRY_ON)
             time.sleep(POLL_SECONDS)
         self._hear()
         self.check()
@@ -150,7 +148,8 @@ class Shared:
             if not missing:
                 return
             ready = (unit for unit in missing if done.issuperset(needs.get(unit, ())))
-            unit = next((unit for unit in ready if self._inherit(unit, unit >= at_once or unclaimed.is_over)), -1)
+            is_late = unclaimed.ran_out()
+            unit = next((unit for unit in ready if self._inherit(unit, unit >= at_once or is_late)), -1)
             if unit < 0:
                 self._closed.wait(POLL_SECONDS)
             else:
@@ -194,8 +193,8 @@ class Shared:
         self._store.append("left", self._name)
         if error is not None and not isinstance(error, KeyboardInterrupt):
             # Whoever started the processes stops rank 0 when this one fails, and it may have to tidy up.
-            leader = str(self._store.get("leader"))
-            while self._store.get("ended") is None and self._is_alive(leader):
+            leader = str(self._round.leader())
+            while not self._round.is_ended() and self._round.is_alive(leader):
                 time.sleep(POLL_SECONDS)
 
     def _wait_for_others(self, late: float = 0) -> None:
@@ -204,8 +203,8 @@ class Shared:
         while True:
             joined, left, dead = (set(self._store.names(key)) for key in ("joined", "left", "dead"))
             known = {process.partition(".")[0] for process in joined | dead}
-            if (patience.is_over or len(known) >= self._rank.world_size - 1) and not any(
-                map(self._is_alive, joined - left)
+            if (patience.ran_out() or len(known) >= self._rank.world_size - 1) and not any(
+                map(self._round.is_alive, joined - left)
             ):
                 return
             time.sleep(POLL_SECONDS)
@@ -218,22 +217,12 @@ class Shared:
         owner = self._store.get(f"owner/{unit}")
         if owner is None:
             return is_free and self._take(unit, "")
-        return owner != self._name and not self._is_alive(owner) and self._take(unit, owner)
+        return owner != self._name and not self._round.is_alive(owner) and self._take(unit, owner)
 
-    def _has_moved(self, process: str | None) -> bool:
-        """Whether a process has shown a sign of life since it was first looked at."""
-        if process is None:
-            return False
-        beat = self._store.add(f"alive/{process}", 0)
-        return beat != self._heartbeats.setdefault(process, (beat, time.monotonic()))[0]
-
-    def _is_alive(self, process: str) -> bool:
-        if process.rpartition(".")[0] in self._store.names("dead"):
-            return False
-        beat, now = self._store.add(f"alive/{process}", 0), time.monotonic()
-        if self._heartbeats.get(process, (None,))[0] != beat:
-            self._heartbeats[process] = (beat, now)
-        return now - self._heartbeats[process][1] < GRACE_SECONDS
+    def _find_newest_round(self) -> None:
+        number = self._root.get("round")
+        if number is not None and number != self._round.number:
+            self._round = Round(self._root, number, GRACE_SECONDS)
 
     def _beat(self) -> None:
         while not self._left.is_set():
@@ -245,12 +234,12 @@ class Shared:
                 self._failure = self._failure or error
                 return
             except Exception as error:  # of whoever shows the progress
-                self._failure = PeerError(f"rank {self.rank} cannot go on ({error})", AGAIN)
+                self._failure = PeerError(f"rank {self.rank} cannot go on ({error})", CARRY_ON)
                 return
             self._left.wait(HEARTBEAT_SECONDS)
 
     def _hear(self) -> None:
-        if self._rank.leads and self._root.get("round") != self._round:
+        if self._rank.leads and self._root.get("round") != self._round.number:
             self._failure = self._failure or PeerError("another rank 0 has begun", "leave it to that one")
         failed = self._store.get("failed")
         if failed is not None and self._failure is None:
@@ -298,7 +287,7 @@ def _told(error: BaseException, rank: int) -> dict[str, str]:
     if isinstance(error, PissaHubError):
         return {"kind": type(error).__name__, "fact": error.fact, "remedy": error.remedy}
     what = "was interrupted" if isinstance(error, KeyboardInterrupt) else f"stopped ({type(error).__name__}: {error})"
-    return {"kind": "PeerError", "fact": f"rank {rank} {what}", "remedy": AGAIN}
+    return {"kind": "PeerError", "fact": f"rank {rank} {what}", "remedy": CARRY_ON}
 
 
 def _heard(told: Mapping[str, str]) -> PissaHubError:

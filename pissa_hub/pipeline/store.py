@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-from pissa_hub.errors import PeerError
+from pissa_hub.errors import CARRY_ON, PeerError
+from pissa_hub.pipeline.patience import Patience
 from pissa_hub.ranks import Rank
 
 POLL_SECONDS = 0.1
-AGAIN = "run the same command again to carry on"
 _CONNECT_SECONDS = 5.0
 
 
@@ -63,18 +63,7 @@ def _reaching() -> Iterator[None]:
     try:
         yield
     except RuntimeError:
-        raise PeerError("the rendezvous store is gone, as if rank 0 had died", AGAIN) from None
-
-
-class Patience:
-    """A time that runs out."""
-
-    def __init__(self, seconds: float) -> None:
-        self._end = time.monotonic() + seconds
-
-    @property
-    def is_over(self) -> bool:
-        return time.monotonic() >= self._end
+        raise PeerError("the rendezvous store is gone, as if rank 0 had died", CARRY_ON) from None
 
 
 def host_store() -> Any:
@@ -111,7 +100,7 @@ def _wait_for_server(rank: Rank, wait: float) -> None:
         try:
             return socket.create_connection((rank.address, rank.port), timeout=_CONNECT_SECONDS).close()
         except OSError:
-            if patience.is_over:
+            if patience.ran_out():
                 raise
             time.sleep(POLL_SECONDS)
 

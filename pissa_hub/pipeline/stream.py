@@ -24,7 +24,7 @@ from pissa_hub.checkpoint.writer import FileDigest, ShardWriter
 from pissa_hub.errors import HubError
 from pissa_hub.factorization.precision import exact_fp32
 from pissa_hub.manifest import WeightRecord
-from pissa_hub.pipeline.destination import InPlace, Place
+from pissa_hub.pipeline.destination import Place
 from pissa_hub.pipeline.device import environment
 from pissa_hub.pipeline.planned import PlannedShard, PlannedWeight, span_of
 from pissa_hub.pipeline.receipts import Receipt, WorkFolder
@@ -94,14 +94,15 @@ def stream(
     open_supply: Callable[[Iterable[str]], Supply],
     output: Path,
     work: WorkFolder,
+    *,
     equip: Callable[[], Worker[W]],
     workers: int,
     room: int,
     accept: Callable[[Receipt], None],
+    place: Place,
     progress: Progress,
-    place: Place | None = None,
-) -> list[Receipt]:
-    """Write what replaces each shard into ``output``; its receipt is left in ``work`` and returned.
+) -> None:
+    """Write what replaces each shard into ``output``, and its receipt into ``work``.
 
     An interrupt of the main thread is passed on at once: what the other threads have in hand is not waited for.
 
@@ -114,8 +115,8 @@ def stream(
         room: of the largest weight, see :class:`PlannedWeight`.
         accept: called with each finished shard's receipt before that counts; raises if the shard is not what it
             should be.
+        place: of each shard, once its receipt is written.
         progress: told of every weight and of the bytes read.
-        place: of each shard, once its receipt is written; ``output`` by default.
 
     Raises:
         CheckpointError: a shard cannot be read or changes meanwhile.
@@ -123,12 +124,11 @@ def stream(
         OutputError: the output cannot be written.
         PissaHubError: what a worker or ``accept`` raises.
     """
-    place = place or InPlace()
     pool = BufferPool(max(BUFFER_BUDGET, (workers + 1) * room))
     taken: SimpleQueue[PlannedShard[W]] = SimpleQueue()
     supply = open_supply(_names(shards, taken))
     with ExitStack() as cleanup:
-        writers = cleanup.enter_context(_Writers[W](output, work, accept, progress, place))
+        writers = cleanup.enter_context(_Writers[W](output, work, accept, place, progress))
         sink: Sink[_Result[W]] = cleanup.enter_context(Sink(writers.consume, _QUEUED, on_failure=pool.close))
         cleanup.enter_context(exact_fp32())
         team = cleanup.enter_context(Team(workers, equip))
@@ -148,7 +148,6 @@ def stream(
             sink.finish()  # what did arrive counts
             raise
         sink.finish()
-        return writers.receipts
 
 
 def _names(shards: Iterable[PlannedShard[W]], taken: SimpleQueue[PlannedShard[W]]) -> Iterator[str]:
@@ -205,20 +204,19 @@ class _Writers(Generic[W]):
         output: Path,
         work: WorkFolder,
         accept: Callable[[Receipt], None],
-        progress: Progress,
         place: Place,
+        progress: Progress,
     ) -> None:
         self._output = output
         self._work = work
         self._accept = accept
-        self._progress = progress
         self._place = place
+        self._progress = progress
         self._environment = environment()
         self._base: ShardWriter | None = None
         self._adapter: ShardWriter | None = None
         self._records: list[WeightRecord] = []
         self._devices: set[str] = set()
-        self.receipts: list[Receipt] = []
 
     def __enter__(self) -> _Writers[W]:
         return self
@@ -259,7 +257,6 @@ class _Writers(Generic[W]):
         receipt = Receipt(end.shard.name, end.source, base.commit(), digest, tuple(self._records), environment)
         self._accept(receipt)
         self._work.write(receipt)
-        self.receipts.append(receipt)
         self._base = self._adapter = None
         self._place.add(receipt.shard, self._output / receipt.shard, receipt.output)
 

@@ -268,9 +268,9 @@ def test_finished_output_and_another_source(original: Path, init: Path, output: 
 def test_too_little_space(original: Path, init: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = sum(digest["size"] for digest in manifest_of(init)["files"].values())
     with monkeypatch.context() as patch:
-        patch.setattr("pissa_hub.pipeline.job.free_space", lambda output: needed - 1)
+        patch.setattr("pissa_hub.pipeline.output.free_space", lambda output: needed - 1)
         assert "free some space" in refusal(OutputError, original, init, output)
-        patch.setattr("pissa_hub.pipeline.job.free_space", lambda output: needed)
+        patch.setattr("pissa_hub.pipeline.output.free_space", lambda output: needed)
         restore(original, init, output)
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from pissa_hub import decompose, publish
 from pissa_hub.errors import HubError, MatrixError, OutputError, VerificationError
 from pissa_hub.pipeline import decompose as verb
-from pissa_hub.pipeline import job
+from pissa_hub.pipeline import output as output_folder
 from pissa_hub.pipeline.decompose import plan_decomposition, publishing_bytes
 from pissa_hub.pipeline.settings import Settings
 
@@ -440,10 +440,10 @@ def test_room_for_one_shard_is_enough(
     enough = publishing_bytes(plan)
     assert enough < plan.disk_bytes() - plan.input_bytes // 2
     assert "kB are enough with --publish" in run_cli(capfd, *place.command, "--dry-run").err
-    monkeypatch.setattr(job, "free_space", lambda output: enough - 1)
+    monkeypatch.setattr(output_folder, "free_space", lambda output: enough - 1)
     with pytest.raises(OutputError, match="are free"):
         place.decompose()
-    monkeypatch.setattr(job, "free_space", lambda output: enough)
+    monkeypatch.setattr(output_folder, "free_space", lambda output: enough)
     with pytest.raises(OutputError, match="are free"):
         place.decompose(publish=None)
     place.decompose()

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pissa_hub.pipeline import decompose as decompose_module
-from pissa_hub.pipeline import job
+from pissa_hub.pipeline import output as output_folder
 
 from ..conftest import SHARDED, Factory
 from ..helpers import files_of, header_bytes, run_cli, run_python
@@ -283,7 +283,7 @@ def test_output_in_the_source(capfd: Capture, source: Path, inside: str) -> None
 
 def test_too_little_space(capfd: Capture, source: Path, either_output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = json.loads(run_cli(capfd, "decompose", source, "--rank", 4, "--dry-run", "--format", "json").out)
-    monkeypatch.setattr(job, "free_space", lambda output: needed["disk_bytes"] - 1)
+    monkeypatch.setattr(output_folder, "free_space", lambda output: needed["disk_bytes"] - 1)
     line = refused(capfd, source, either_output)
     assert f"{either_output} needs 0.00 GB" in line
     assert "free some space" in line
@@ -291,7 +291,7 @@ def test_too_little_space(capfd: Capture, source: Path, either_output: Path, mon
 
 def test_enough_space_to_the_byte(capfd: Capture, source: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = json.loads(run_cli(capfd, "decompose", source, "--rank", 4, "--dry-run", "--format", "json").out)
-    monkeypatch.setattr(job, "free_space", lambda output: needed["disk_bytes"])
+    monkeypatch.setattr(output_folder, "free_space", lambda output: needed["disk_bytes"])
     assert run_cli(capfd, "decompose", source, "-o", output, "--rank", 4).code == 0
 
 

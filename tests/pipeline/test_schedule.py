@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from contextlib import suppress
-from threading import Thread
+from threading import Barrier, Event, Thread
 from typing import Any
 
 import pytest
@@ -26,53 +27,98 @@ NOTHING: Mapping[int, Sequence[int]] = {}
 def _short_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared, "HEARTBEAT_SECONDS", 0.02)
     monkeypatch.setattr(shared, "GRACE_SECONDS", 1.5)
-    monkeypatch.setattr(shared, "JOIN_SECONDS", 20.0)
+    monkeypatch.setattr(shared, "JOIN_SECONDS", 60.0)
     monkeypatch.setattr(shared, "POLL_SECONDS", 0.01)
-    monkeypatch.setattr(shared, "_calls", Calls())
-
-
-class Calls(Counter[str]):
-    """Every process counts its own calls; here all are threads of one."""
-
-    def __setitem__(self, job: str, calls: int) -> None:
-        super().__setitem__(job, 1)
 
 
 class Crew:
-    """Processes, as threads of this one."""
+    """Processes, as threads of this one.
+
+    Attributes:
+        done: how often each unit was done.
+        units_of: those that each rank was given.
+        errors: what stopped a rank.
+    """
 
     def __init__(self, size: int) -> None:
         self.store = host_store()
         self.size = size
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """As if all processes were started once more."""
         self.done: Counter[int] = Counter()
+        self.units_of: dict[int, list[int]] = {rank: [] for rank in range(self.size)}
         self.errors: dict[int, BaseException] = {}
+        self._here, self._faulty_first = Barrier(self.size), Event()
 
     def shared(self, rank: int, progress: Any = None) -> Shared:
-        place = Rank(rank, self.size, 0, "127.0.0.1", self.store.port, hosts_store=rank == 0)
+        place = Rank(rank, self.size, "127.0.0.1", self.store.port, hosts_store=rank == 0)
         return Shared(self.store, place, "job", progress or Silent())
 
-    def work(self, rank: int, count: int, needs: Mapping[int, Sequence[int]] = NOTHING, **faults: Any) -> None:
-        """The life of one process; ``dies_at`` and ``fails_at`` a number of units."""
+    def together(
+        self,
+        count: int,
+        needs: Mapping[int, Sequence[int]] = NOTHING,
+        *,
+        faulty: int | None = None,
+        fault: Callable[[Shared], None] | None = None,
+        at: int = 0,
+    ) -> None:
+        """All ranks at once, none before all are there.
+
+        Args:
+            count, needs: see ``pipeline.schedule.Schedule.units``.
+            faulty: the rank that has work alone until ``fault`` has happened.
+            fault: to be done with the unit in hand that comes after ``at`` others.
+            at: see ``fault``.
+        """
+        if fault is None:
+            self._faulty_first.set()
+        threads = [
+            Thread(target=self._live, args=(rank, count, needs, fault if rank == faulty else None, at))
+            for rank in range(self.size)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+            assert not thread.is_alive()
+        assert self._faulty_first.is_set(), "what was to be tested did not happen"
+
+    def alone(self, rank: int, count: int) -> None:
+        """Rank 0 without the others."""
+        self._here = Barrier(1)
+        self._faulty_first.set()
+        self._live(rank, count, NOTHING, None, 0)
+
+    def _live(
+        self,
+        rank: int,
+        count: int,
+        needs: Mapping[int, Sequence[int]],
+        fault: Callable[[Shared], None] | None,
+        at: int,
+    ) -> None:
         try:
             with self.shared(rank) as process:
                 if rank == 0:
                     process.open({"threads": 1})
-                elif (opening := process.join()) is None:
-                    return  # all was done before
                 else:
-                    assert opening == {"threads": 1}
-                units = process.units(count, needs)
-                for number, unit in enumerate(units):
-                    if number == faults.get("dies_at"):
-                        process._left.set()  # no sign of life any more
-                        process._pulse.join()
-                        raise SystemExit
-                    if number == faults.get("fails_at"):
-                        raise MatrixError("a weight holds NaN", "repair it")
+                    assert process.join() == {"threads": 1}
+                self._here.wait(60)
+                if fault is None:
+                    assert self._faulty_first.wait(60)
+                for unit in process.units(count, needs):
+                    self.units_of[rank].append(unit)
+                    if fault is not None and len(self.units_of[rank]) > at:
+                        self._faulty_first.set()
+                        fault(process)
+                        fault = None
                     assert all(self.done[need] for need in needs.get(unit, ()))
-                    time.sleep(faults.get("pause", 0.001))
-                    self.done[unit] += 1
-                    process.done(unit)
+                    if process.has(unit):
+                        self.done[unit] += 1
+                        process.done(unit)
                     process.check()
                 if rank:
                     process.wait_for_end()
@@ -82,30 +128,34 @@ class Crew:
             self.errors[rank] = error
 
 
-def together(crew: Crew, count: int, needs: Mapping[int, Sequence[int]] = NOTHING, **faults: Mapping[str, Any]) -> None:
-    """All ranks at once; ``faults`` by ``rank_N``."""
-    threads = [
-        Thread(target=crew.work, args=(rank, count, needs), kwargs=faults.get(f"rank_{rank}", {}))
-        for rank in range(crew.size)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive()
+def die(process: Shared) -> None:
+    """No sign of life any more."""
+    process._left.set()
+    process._pulse.join()
+    raise SystemExit
+
+
+def fail(process: Shared) -> None:
+    raise MatrixError("a weight holds NaN", "repair it")
+
+
+def take_long(process: Shared) -> None:
+    """Longer than a dead process is waited for."""
+    time.sleep(2 * shared.GRACE_SECONDS)
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_every_unit_is_done_once(size: int) -> None:
     crew = Crew(size)
-    together(crew, 100)
+    crew.together(100)
     assert crew.done == Counter(range(100))
     assert not crew.errors
+    assert all(units == sorted(units) for units in crew.units_of.values()), "the largest come first"
 
 
 def test_units_wait_for_what_they_need() -> None:
     crew = Crew(3)
-    together(crew, 22, {20: [3, 4, 19], 21: [0, 20]})
+    crew.together(22, {20: [3, 4, 19], 21: [0, 20]})
     assert crew.done == Counter(range(22))
     assert not crew.errors
 
@@ -113,54 +163,70 @@ def test_units_wait_for_what_they_need() -> None:
 @pytest.mark.parametrize("at", [0, 1, 5])
 def test_units_of_the_dead_go_to_the_living(at: int) -> None:
     crew = Crew(3)
-    together(crew, 30, rank_1={"dies_at": at})
-    assert set(crew.done) == set(range(30))
-    assert max(crew.done.values()) == 1
+    crew.together(30, faulty=1, fault=die, at=at)
+    assert len(crew.units_of[1]) == at + 1
+    assert crew.done == Counter(range(30))
     assert not crew.errors
 
 
 def test_the_living_are_not_taken_for_dead() -> None:
     """Nor is a unit begun twice that takes longer than a dead process is waited for."""
     crew = Crew(3)
-    together(crew, 4, rank_2={"pause": 3.0})
+    crew.together(4, faulty=2, fault=take_long)
+    assert crew.units_of[2] == [0]
+    assert sorted(unit for units in crew.units_of.values() for unit in units) == [0, 1, 2, 3]
     assert crew.done == Counter(range(4))
 
 
-def test_an_error_stops_everybody() -> None:
+def test_whoever_slept_too_long_finds_the_unit_taken() -> None:
+    crew = Crew(2)
+
+    def sleep(process: Shared) -> None:
+        (unit,) = crew.units_of[1]
+        process._left.set()
+        process._pulse.join()
+        process._left.clear()
+        while process.has(unit):
+            time.sleep(0.01)
+        process._pulse = Thread(target=process._beat, daemon=True)
+        process._pulse.start()
+
+    crew.together(10, faulty=1, fault=sleep)
+    (unit,) = set(crew.units_of[0]) & set(crew.units_of[1])
+    assert unit == crew.units_of[1][0]
+    assert crew.done == Counter(range(10))
+    assert not crew.errors
+
+
+@pytest.mark.parametrize("faulty", [0, 2])
+def test_an_error_stops_everybody(faulty: int) -> None:
     crew = Crew(3)
-    together(crew, 1000, rank_2={"fails_at": 3})
-    assert len(crew.errors) == 3
+    crew.together(10_000, faulty=faulty, fault=fail, at=3)
+    assert sorted(crew.errors) == [0, 1, 2]
     assert all(isinstance(error, MatrixError) for error in crew.errors.values())
     assert {str(error) for error in crew.errors.values()} == {"a weight holds NaN; repair it"}
-    assert len(crew.done) < 1000
-
-
-def test_an_error_of_rank_0_stops_everybody() -> None:
-    crew = Crew(3)
-    together(crew, 1000, rank_0={"fails_at": 3})
-    assert sorted(crew.errors) == [0, 1, 2]
+    assert len(crew.done) < 10_000
 
 
 def test_death_of_rank_0_is_noticed() -> None:
     crew = Crew(3)
-    slowly = {"pause": 0.05}
-    together(crew, 40, rank_0={"dies_at": 4, **slowly}, rank_1=slowly, rank_2=slowly)
+    crew.together(40, faulty=0, fault=die, at=4)
     assert sorted(crew.errors) == [1, 2]
-    assert set(crew.done) == set(range(40))
+    assert crew.done == Counter(range(40))
     assert all("rank 0 has died; run the same command again" in str(error) for error in crew.errors.values())
 
 
 def test_rank_0_alone_does_everything() -> None:
     """The others may come late, or not at all."""
     crew = Crew(4)
-    crew.work(0, 10)
+    crew.alone(0, 10)
     assert crew.done == Counter(range(10))
     assert not crew.errors
 
 
 def test_who_comes_late_finds_all_finished() -> None:
     crew = Crew(2)
-    crew.work(0, 10)
+    crew.alone(0, 10)
     with crew.shared(1) as late:
         assert late.join() is None
 
@@ -168,11 +234,10 @@ def test_who_comes_late_finds_all_finished() -> None:
 def test_processes_that_are_started_anew_find_each_other() -> None:
     """As after a change of members under torchrun: its store still has all that those of before wrote."""
     crew = Crew(2)
-    together(crew, 40, rank_0={"dies_at": 5, "pause": 0.05}, rank_1={"dies_at": 3, "pause": 0.05})
-    assert crew.done
-    crew.done.clear()
-    crew.errors.clear()
-    together(crew, 6)
+    crew.together(40, faulty=0, fault=die, at=5)
+    assert sorted(crew.errors) == [1]
+    crew.begin_anew()
+    crew.together(6)
     assert crew.done == Counter(range(6))
     assert not crew.errors
 
@@ -247,20 +312,16 @@ def test_rank_0_shows_the_bytes_of_all() -> None:
 
 
 def test_alone_goes_in_order_and_waits_for_pieces() -> None:
-    alone, seen = Alone(Silent()), []
-
-    def work() -> None:
-        for unit in alone.units(4, {3: [1, 2]}):
-            seen.append(unit)
-
-    thread = Thread(target=work)
-    thread.start()
+    alone = Alone(Silent())
+    units = alone.units(4, {3: [1, 2]})
+    assert [next(units) for _ in range(3)] == [0, 1, 2]
     alone.done(1)
-    time.sleep(0.05)
-    assert seen == [0, 1, 2]
-    alone.done(2)
-    thread.join(10)
-    assert seen == [0, 1, 2, 3]
+    with ThreadPoolExecutor(1) as pool:
+        last = pool.submit(next, units)
+        with pytest.raises(TimeoutError):
+            last.result(0.05)
+        alone.done(2)
+        assert last.result(60) == 3
 
 
 def test_closing_ends_the_wait_for_pieces() -> None:

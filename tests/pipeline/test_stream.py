@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from pissa_hub import decompose
 from pissa_hub.checkpoint.files import Folder
 from pissa_hub.checkpoint.header import TensorSpec, build_header
-from pissa_hub.checkpoint.reader import BufferPool, ShardReader
+from pissa_hub.checkpoint.reader import BufferPool, ShardReader, sha256_file
 from pissa_hub.checkpoint.source import Shard, read_checkpoint
-from pissa_hub.checkpoint.writer import ShardWriter
+from pissa_hub.checkpoint.writer import FileDigest, ShardWriter
 from pissa_hub.errors import OutputError, ReadError, VerificationError
 from pissa_hub.pipeline import stream
 from pissa_hub.pipeline.planned import WholeShard
@@ -156,21 +156,54 @@ def doubled_shard(shard: Shard) -> WholeShard[Doubled]:
     entries = shard.header.entries
     weights = {entry.name: Doubled(entry.spec) for entry in entries if len(entry.shape) > 1}
     kept = [entry.spec for entry in entries if entry.name not in weights]
-    return WholeShard(
-        shard, build_header([spec for weight in weights.values() for spec in weight.outputs] + kept, {}), weights
-    )
+    doubled = [spec for weight in weights.values() for spec in weight.outputs]
+    return WholeShard(shard, build_header(doubled + kept, {}), weights)
 
 
 def doubled_shards(source: Path) -> list[WholeShard[Doubled]]:
     return [doubled_shard(shard) for shard in read_checkpoint(source).shards]
 
 
-def run_stream(shards: list[WholeShard[Doubled]], output: Path, accept: Callable[[Receipt], None]) -> WorkFolder:
+@dataclass
+class Taken:
+    """A place that takes all but one."""
+
+    lost: str = ""
+    names: list[str] = field(default_factory=list)
+
+    def permits(self, name: str) -> bool:
+        return name != self.lost
+
+    def add(self, name: str, path: Path, digest: FileDigest) -> None:
+        assert FileDigest(*sha256_file(path)) == digest
+        self.names.append(name)
+
+    def close(self) -> None:
+        """Nobody waits."""
+
+
+def run_stream(
+    shards: list[WholeShard[Doubled]],
+    output: Path,
+    accept: Callable[[Receipt], None] = lambda receipt: None,
+    place: Taken | None = None,
+) -> WorkFolder:
     """Double the shards where they lie, with two workers."""
     work, folder = work_in(output), Folder(shards[0].source.path.parent)
-    room = max(weight.room for shard in shards for weight in shard.weights.values())
-    supply = partial(folder.supply, work=work.folder)
-    in_time(lambda: stream.stream(shards, supply, output, work, lambda: double, 2, room, accept, Silent()))
+    run = partial(
+        stream.stream,
+        shards,
+        partial(folder.supply, work=work.folder),
+        output,
+        work,
+        equip=lambda: double,
+        workers=2,
+        room=max(weight.room for shard in shards for weight in shard.weights.values()),
+        accept=accept,
+        place=place or Taken(),
+        progress=Silent(),
+    )
+    in_time(run)
     return work
 
 
@@ -201,7 +234,7 @@ def test_worker_may_widen_and_add_tensors(
     monkeypatch.setattr(stream, "BUFFER_BUDGET", budget)
     monkeypatch.setattr(BufferPool, "acquire", acquire)
     output, found = tmp_path / "out", {}
-    run_stream(shards, output, lambda receipt: None)
+    run_stream(shards, output)
     assert len(pools) == sum(len(shard.source.header.entries) for shard in shards)
     for path in output.glob("*.safetensors"):
         found |= load_file(path)
@@ -232,3 +265,14 @@ def test_shard_counts_only_if_it_is_accepted(tiny_checkpoint: Factory, tmp_path:
     assert first is not None
     assert first.weights == ()
     assert second is None
+
+
+def test_shard_that_another_process_has_taken_over_leaves_nothing(tiny_checkpoint: Factory, tmp_path: Path) -> None:
+    """Whoever slept over it must not touch what the other one has written."""
+    shards, output = doubled_shards(tiny_checkpoint(shard_size=SHARDED)), tmp_path / "out"
+    place = Taken(lost=shards[1].name)
+    work = run_stream(shards, output, place=place)
+    others = [shard.name for shard in shards if shard is not shards[1]]
+    assert place.names == others
+    assert [shard.name for shard in shards if work.read(shard.name)] == others
+    assert sorted(path.name for path in output.glob("*.safetensors*")) == sorted(others)
