@@ -15,11 +15,14 @@ from pissa_hub.errors import PlanError
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--source", type=click.Path(path_type=Path), help="The original checkpoint, to compare with.")
+@click.option("--source", type=click.Path(path_type=Path), help="What it was made from, to compare with.")
 @click.option("--sample", default=4, show_default=True, help="Certificates to recompute from SOURCE; -1 for all.")
 @output_format_option
 def verify(folder: Path, source: Path | None, sample: int, output_format: str) -> None:
-    """Check a decomposed FOLDER: every hash, header and config, and with --source every weight."""
+    """Check what decompose, convert or merge wrote to FOLDER, to the last bit.
+
+    With --source the hashes of what it was made from, and every weight of a decomposition.
+    """
     from pissa_hub import report
     from pissa_hub.progress import Bar
     from pissa_hub.verification import verify as run_verify
