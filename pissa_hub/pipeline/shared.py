@@ -50,12 +50,13 @@ class Shared:
     Args:
         store: a ``torch.distributed.Store`` that all of them reach.
         rank: which of them this is.
-        job: what they do together; nothing else in that store has this name.
+        job: what they do together: SHA-256 of the plan.
         progress: told of everybody's bytes.
+        call: how often this store has been used for it.
     """
 
-    def __init__(self, store: Any, rank: Rank, job: str, progress: Progress) -> None:
-        self._root = Keys(store).below(f"pissa-hub/{job}")
+    def __init__(self, store: Any, rank: Rank, job: str, progress: Progress, call: int = 1) -> None:
+        self._root = Keys(store).below(f"pissa-hub/{job}/{call}")
         self._round = Round(self._root, "", GRACE_SECONDS)
         self.rank, self.processes = rank.rank, rank.world_size
         self._rank = rank
@@ -72,7 +73,7 @@ class Shared:
     def by_environment(cls, rank: Rank, job: str, progress: Progress) -> Shared:
         """With the store that the rank names. Raises PeerError if that cannot be reached."""
         _calls[job] += 1
-        return cls(reach_store(rank, JOIN_SECONDS), rank, f"{job}/{_calls[job]}", progress)
+        return cls(reach_store(rank, JOIN_SECONDS), rank, job, progress, _calls[job])
 
     @property
     def _store(self) -> Keys:
