@@ -74,11 +74,11 @@ def _crews(workers: int) -> list[range]:
 
 
 def _shared(store: Any, rank: int, workers: int, port: int) -> Shared:
-    return Shared(store, Rank(rank, workers, _LOCAL, port, hosts_store=rank == 0), _JOB, Silent())
+    return Shared(store, Rank(rank, workers, _LOCAL, port, has_agent=False), _JOB, Silent())
 
 
 def _work(ranks: range, workers: int, port: int, shards: int, seconds: float, results: Any) -> None:
-    stores = [reach_store(Rank(rank, workers, _LOCAL, port, hosts_store=False), wait=60.0) for rank in ranks]
+    stores = [reach_store(Rank(rank, workers, _LOCAL, port, has_agent=False), wait=60.0) for rank in ranks]
     schedules = [_shared(store, rank, workers, port) for store, rank in zip(stores, ranks, strict=True)]
     with ThreadPoolExecutor(len(ranks)) as pool:
         found = list(pool.map(lambda shared: _live(shared, shards, seconds), schedules))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from pissa_hub.errors import PlanError
 
 # srun names no port: one that follows from the job and its step, among those that are free for anybody's use.
 _SLURM_PORTS = range(20000, 30000)
-_FIRST_HOST = re.compile(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,\[]*))?")
+_PORTS = range(1, 1 << 16)
+_FIRST_HOST = re.compile(r"(?:[^,\[]|\[[^\]]*\])+")
+_FIRST_OF_LIST = re.compile(r"\[(\d*)[^\]]*\]")
 
 
 @dataclass(frozen=True)
@@ -22,18 +26,23 @@ class Rank:
         rank: 0 to ``world_size`` - 1; rank 0 leads.
         world_size: how many there are to be.
         address, port: of the rendezvous store.
-        hosts_store: whether this process is the store's server; under torchrun the agent is.
+        has_agent: whether torchrun's agent serves the store, which then outlives the processes; else rank 0 does.
     """
 
     rank: int
     world_size: int
     address: str
     port: int
-    hosts_store: bool
+    has_agent: bool
 
     @property
     def leads(self) -> bool:
         return self.rank == 0
+
+    @property
+    def hosts_store(self) -> bool:
+        """Whether this process is the store's server."""
+        return self.leads and not self.has_agent
 
     def environment(self) -> dict[str, str]:
         """The variables from which :func:`find_rank` makes it again, in a process that is not the server."""
@@ -58,54 +67,68 @@ def find_rank(environment: Mapping[str, str] | None = None) -> Rank | None:
         PlanError: the variables are not what they should be.
     """
     found = dict(os.environ if environment is None else environment)
-    if "RANK" not in found and found.get("SLURM_STEP_NUM_TASKS", "1") != "1":
-        found = {**_from_slurm(found), **found}
-    if "RANK" not in found or found.get("WORLD_SIZE", "1") == "1":
+    if not found.get("RANK") and found.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+        found |= _from_slurm(found)
+    if not found.get("RANK") or found.get("WORLD_SIZE", "1") == "1":
         return None
     rank, world_size = _natural(found, "RANK"), _natural(found, "WORLD_SIZE")
     if rank >= world_size:
         raise PlanError(f"RANK {rank} of WORLD_SIZE {world_size} cannot be", "set RANK from 0 to WORLD_SIZE - 1")
     if not found.get("MASTER_ADDR"):
         raise PlanError("RANK is set, but MASTER_ADDR is not", "start with torchrun, or set both, or none")
+    port = _natural(found, "MASTER_PORT")
+    if port not in _PORTS:
+        raise PlanError(f"MASTER_PORT {port} is no port", f"set one from {_PORTS[0]} to {_PORTS[-1]}")
     return Rank(
         rank=rank,
         world_size=world_size,
         address=found["MASTER_ADDR"],
-        port=_natural(found, "MASTER_PORT"),
-        hosts_store=rank == 0 and found.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+        port=port,
+        has_agent=found.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
     )
+
+
+def is_alone() -> bool:
+    """Whether this is the only process."""
+    return _understood() is None
 
 
 def is_heard() -> bool:
     """Whether what this process prints is what its user reads: of several, rank 0 speaks for all."""
-    try:
-        rank = find_rank()
-    except PlanError:  # said by whoever shares work
-        return True
+    rank = _understood()
     return rank is None or rank.leads
 
 
 def local_rank() -> int:
-    """Position among the processes on this machine; 0 if that is not said."""
-    value = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or ""
+    """Position among the processes on this machine, as far as it is said; 0 if it is not."""
+    names = ("LOCAL_RANK", "RANK", "SLURM_LOCALID")
+    value = next((value for name in names if (value := os.environ.get(name))), "")
     return int(value) if value.isascii() and value.isdecimal() else 0
+
+
+def _understood() -> Rank | None:
+    """This process among several; what cannot be is said by whoever shares work."""
+    with suppress(PlanError):
+        return find_rank()
+    return None
 
 
 def _from_slurm(found: Mapping[str, str]) -> dict[str, str]:
     """torch.distributed's variables for a step that srun started; the store is on the step's first machine."""
-    job, step = (_natural({name: "0", **found}, name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    job = f"{found.get('SLURM_JOB_ID')}.{found.get('SLURM_STEP_ID')}"
+    port = _SLURM_PORTS[int(hashlib.sha256(job.encode()).hexdigest(), 16) % len(_SLURM_PORTS)]
     return {
         "RANK": found.get("SLURM_PROCID", ""),
         "WORLD_SIZE": found["SLURM_STEP_NUM_TASKS"],
-        "MASTER_ADDR": _first_host(found.get("SLURM_STEP_NODELIST", "")),
-        "MASTER_PORT": str(_SLURM_PORTS[(job * 16 + step) % len(_SLURM_PORTS)]),
+        "MASTER_ADDR": found.get("MASTER_ADDR") or _first_host(found.get("SLURM_STEP_NODELIST", "")),
+        "MASTER_PORT": found.get("MASTER_PORT") or str(port),
     }
 
 
 def _first_host(nodes: str) -> str:
     """The first name of a SLURM host list: ``gpu[03-05,9]-a,x`` begins with ``gpu03-a``."""
     found = _FIRST_HOST.match(nodes)
-    return "".join(part or "" for part in found.groups()) if found else ""
+    return _FIRST_OF_LIST.sub(r"\1", found[0]) if found else ""
 
 
 def _natural(variables: Mapping[str, str], name: str) -> int:

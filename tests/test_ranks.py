@@ -26,7 +26,7 @@ SRUN = {
 
 
 def test_torchrun() -> None:
-    assert find_rank(TORCHRUN) == Rank(3, 8, "node1", 29500, hosts_store=False)
+    assert find_rank(TORCHRUN) == Rank(3, 8, "node1", 29500, has_agent=True)
     leader = find_rank({**TORCHRUN, "RANK": "0"})
     assert leader is not None
     assert leader.leads
@@ -35,7 +35,7 @@ def test_torchrun() -> None:
 
 def test_variables_set_by_hand() -> None:
     by_hand = {name: TORCHRUN[name] for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-    assert find_rank({**by_hand, "RANK": "0"}) == Rank(0, 8, "node1", 29500, hosts_store=True)
+    assert find_rank({**by_hand, "RANK": "0"}) == Rank(0, 8, "node1", 29500, has_agent=False)
     other = find_rank({**by_hand, "RANK": "5"})
     assert other is not None
     assert find_rank(other.environment()) == other

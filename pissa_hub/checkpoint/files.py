@@ -90,6 +90,9 @@ class Files(Protocol):
     def require_intact(self, name: str, found: FileDigest) -> None:
         """Raises unless what a supply gave, all of it just read, is what it was to give."""
 
+    def require_unchanged(self) -> None:
+        """Raises ReadError unless all files are those that were there when the work was planned."""
+
     def room(self, names: Sequence[str]) -> int:
         """Most bytes of a supply that are in its work folder at once."""
 
@@ -145,7 +148,7 @@ class Folder:
 
     def headers(self, names: Sequence[str]) -> list[Header]:
         with reading(self.folder):
-            self._stamps.update((name, _stamp(self.folder / name)) for name in names)
+            self._stamps.update((name, _stamp(self.folder / name)) for name in (*names, *self.other_files()))
         return [read_header(self.folder / name) for name in names]
 
     def holds(self, name: str, digest: FileDigest, span: range | None = None) -> bool:
@@ -163,6 +166,13 @@ class Folder:
         with reading(path):
             if self._stamps.get(name) != _stamp(path):
                 raise ReadError(f"{path} changed while being read", "leave the source alone and start again")
+
+    def require_unchanged(self) -> None:
+        for name, stamp in self._stamps.items():
+            path = self.folder / name
+            with reading(path):
+                if stamp != _stamp(path):
+                    raise ReadError(f"{path} changed meanwhile", "leave the source alone and start again")
 
     def room(self, names: Sequence[str]) -> int:
         return 0

@@ -70,8 +70,8 @@ class ShardReader:
     def __init__(self, path: Path, header: Header, span: range | None = None) -> None:
         self._path = path
         self._header = header
-        self._digest = hashlib.sha256(b"" if span else header.raw)
-        self._hashed, self._end = (span.start, span.stop) if span else (header.data_start, header.file_size)
+        self._digest = hashlib.sha256(b"" if span is not None else header.raw)
+        self._hashed, self._end = (span.start, span.stop) if span is not None else (header.data_start, header.file_size)
         with reading(self._path):
             self._file = open_unbuffered(path)
             size, raw = os.fstat(self._file.fileno()).st_size, _read(self._file, len(header.raw))

@@ -17,7 +17,11 @@ from pissa_hub.cli.adapter import convert, merge, restore
 from pissa_hub.cli.decompose import decompose
 from pissa_hub.cli.examples import demo, recipes
 from pissa_hub.cli.folders import inspect, publish, verify
-from pissa_hub.errors import CARRY_ON, PissaHubError
+from pissa_hub.errors import CARRY_ON, PissaHubError, PlanError
+from pissa_hub.ranks import is_alone
+
+# None of them shares its work, and several at once would be in each other's way.
+_FOR_ONE_PROCESS = frozenset({"convert", "publish", "demo"})
 
 
 @click.group(
@@ -25,8 +29,12 @@ from pissa_hub.errors import CARRY_ON, PissaHubError
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(__version__, package_name="pissa_hub", prog_name="pissa-hub")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Turn Hugging Face checkpoints into PiSSA-ready ones: streamed, certified, resumable, verified."""
+    if context.invoked_subcommand in _FOR_ONE_PROCESS and not is_alone():
+        fact = f"{context.invoked_subcommand} is done by one process, and the environment says that there are several"
+        raise PlanError(fact, "run it without torchrun or srun, or unset RANK")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -145,6 +145,9 @@ class HubFiles:
         remedy = "run the same command again" if cached is None else f"remove {cached.resolve()} and run it again"
         raise HubError(f"{self.place / name} arrived with another SHA-256 than the Hub has of it", remedy)
 
+    def require_unchanged(self) -> None:
+        """A commit never changes."""
+
     def room(self, names: Sequence[str]) -> int:
         if self.keep:
             return 0

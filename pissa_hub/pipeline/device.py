@@ -25,10 +25,15 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{local_rank() % max(torch.cuda.device_count(), 1)}"
+    return _opened(name)
+
+
+def _opened(name: str) -> torch.device:
+    """A device that has done something."""
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise PlanError(f"device {name!r} cannot be used ({reason})", "use auto, cpu or cuda:N") from None
     return device
@@ -52,7 +57,10 @@ def pick_devices(name: str, names: str | None = None) -> tuple[torch.device, ...
     chosen = [name.strip() for name in names.split(",")]
     if not all(chosen):
         raise PlanError(f"devices {names!r} cannot be used", "give names with commas between, such as cuda:0,cuda:1")
-    return tuple(pick_device(f"cuda:{name}" if name.isdecimal() else name) for name in chosen)
+    chosen = [f"cuda:{name}" if name.isdecimal() else name for name in chosen]
+    # One of the other GPUs is opened by the process that is to use it: here it would only cost memory there.
+    others = {f"cuda:{number}" for number in range(torch.cuda.device_count())} - {chosen[0]}
+    return tuple(torch.device(name) if name in others else pick_device(name) for name in chosen)
 
 
 def worker_count(largest: int, device: torch.device) -> int:

@@ -43,14 +43,13 @@ class Helpers(Shared):
     def __init__(self, job: Any, output: Path, devices: Sequence[torch.device], progress: Progress) -> None:
         store = host_store()
         self._ranks = [
-            Rank(number, len(devices), _LOCAL, store.port, hosts_store=number == 0) for number in range(len(devices))
+            Rank(number, len(devices), _LOCAL, store.port, has_agent=False) for number in range(len(devices))
         ]
         super().__init__(store, self._ranks[0], job.digest, progress)
         self._late_seconds = 0.0  # it is stopped anyway
         self._jobs = [replace(job, device=device) for device in devices]
         self._output = output
-        self._processes: list[subprocess.Popen[bytes]] = []
-        self._attendants: list[Thread] = []
+        self._helpers: list[tuple[subprocess.Popen[bytes], Thread]] = []
         self._threads_before = torch.get_num_threads()
         self._on_cpu = max(sum(device.type == "cpu" for device in devices), 1)
 
@@ -63,10 +62,11 @@ class Helpers(Shared):
         try:
             super().__exit__(kind, error, *rest)
         finally:
-            for process, attendant in zip(self._processes, self._attendants, strict=True):
+            for process, attendant in self._helpers:
                 process.kill()
                 process.wait()
-                attendant.join()
+                if attendant.ident is not None:
+                    attendant.join()
                 assert process.stdin is not None
                 with suppress(OSError):  # it is gone, with what was still to be read
                     process.stdin.close()
@@ -85,9 +85,9 @@ class Helpers(Shared):
                 stdout=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C is for this process, which stops it
             )
-            self._processes.append(process)
-            self._attendants.append(Thread(target=self._attend, args=(process, rank, job), daemon=True))
-            self._attendants[-1].start()
+            attendant = Thread(target=self._attend, args=(process, rank, job), daemon=True)
+            self._helpers.append((process, attendant))
+            attendant.start()
 
     def _attend(self, process: subprocess.Popen[bytes], rank: Rank, job: Any) -> None:
         assert process.stdin is not None
@@ -97,10 +97,9 @@ class Helpers(Shared):
         code = process.wait()
         if code and not self._left.is_set():
             with suppress(PeerError):  # all is over
-                self.bury(rank.rank, process.pid)
-            if self._failure is None:
-                how = f"signal {-code}" if code < 0 else f"exit code {code}"
-                self.progress.note(f"the process for {job.device} died ({how}); the others do its work")
+                if self.bury(rank.rank, process.pid) and self._failure is None:
+                    how = f"signal {-code}" if code < 0 else f"exit code {code}"
+                    self.progress.note(f"the process for {job.device} died ({how}); the others do its work")
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,9 @@ from pissa_hub.pipeline.planned import PlannedWeight
 from pissa_hub.pipeline.receipts import Receipt, WorkFolder
 from pissa_hub.pipeline.schedule import Alone
 from pissa_hub.pipeline.share import Share, Workload, is_there
-from pissa_hub.pipeline.shared import Shared
+from pissa_hub.pipeline.shared import GRACE_SECONDS, JOIN_SECONDS, Shared
 from pissa_hub.progress import Progress, Silent
-from pissa_hub.ranks import find_rank
+from pissa_hub.ranks import Rank, find_rank
 
 # How long a file that another machine has written may take to be seen on a network disk.
 _LAG_SECONDS = 60.0
@@ -135,8 +135,22 @@ def carry_out(
             return _lead(job, output, progress, schedule)
     if len(devices) > 1:
         raise PlanError("each of several processes has one device", "leave --devices to a run without torchrun or srun")
-    with Shared.by_environment(rank, job.digest, progress) as schedule:
+    shared = _meet(job, output, rank, progress)
+    if shared is None:
+        return Done(job.recognise(output), True, 0)
+    with shared as schedule:
         return _lead(job, output, progress, schedule) if rank.leads else _follow(job, output, schedule)
+
+
+def _meet(job: Job[W, R], output: Path, rank: Rank, progress: Progress) -> Shared | None:
+    """The schedule of several processes; None if this one comes so late that the folder is finished and rank 0 gone."""
+    is_finished = not rank.leads and (output / job.marker).exists()
+    try:
+        return Shared.by_environment(rank, job.digest, progress, GRACE_SECONDS if is_finished else JOIN_SECONDS)
+    except PeerError:
+        if is_finished:
+            return None
+        raise
 
 
 def _lead(
@@ -189,17 +203,21 @@ def _follow(job: Job[W, R], output: Path, schedule: Shared) -> Done[R]:
         except (OutputError, PeerError, ReadError):
             if not marker.exists():  # or this process slept, and the others have finished without it
                 raise
-    comes_true(marker.exists, _LAG_SECONDS)
+    if not comes_true(marker.exists, _LAG_SECONDS):
+        raise _not_of_rank_0(output)
     return Done(job.load(output), opening is None, 0)
+
+
+def _not_of_rank_0(output: Path) -> OutputError:
+    return OutputError(
+        f"{output} is not the folder that rank 0 writes", "give every rank one folder on a disk that all of them see"
+    )
 
 
 def _take_part(job: Job[W, R], output: Path, schedule: Shared, opening: Mapping[str, Any]) -> None:
     work, threads = WorkFolder(output, job.digest), torch.get_num_threads()
     if not comes_true(lambda: work.found_run() == opening["run"] or (output / job.marker).exists(), _LAG_SECONDS):
-        raise OutputError(
-            f"{output} is not the folder that rank 0 writes",
-            "give every rank one folder on a disk that all of them see",
-        )
+        raise _not_of_rank_0(output)
     torch.set_num_threads(opening["threads"])  # the last bits depend on it
     try:
         division = divide(job.shards, opening["cut"], opening["piece"], largest_first=True)
@@ -235,10 +253,12 @@ def _make_all(
     Share(job, output, work, schedule, destination).do(division)
     if isinstance(schedule, Shared):
         comes_true(lambda: all(is_there(shard, work, destination) for shard in job.shards), _LAG_SECONDS)
-        # Done, as the others said, but not to be seen from here.
-        missing = [shard for shard in job.shards if not is_there(shard, work, destination)]
-        Share(job, output, work, Alone(schedule.progress), destination).do(divide(missing))
-        remove_partials(output)  # of those that died
+        remove_partials(output)  # of those that died, or wake up only now and cannot finish them any more
+        inherited = {division.name(unit) for unit in schedule.inherited()}
+        # Done, as the others said, but not to be seen from here, or perhaps by two.
+        doubtful = [shard for shard in job.shards if shard.name in inherited or not is_there(shard, work, destination)]
+        Share(job, output, work, Alone(schedule.progress), destination).do(divide(doubtful))
+    job.source.require_unchanged()  # of all shards, whoever has read them
     receipts = [receipt for shard in job.shards if (receipt := work.read(shard.name))]
     if len(receipts) < len(job.shards):
         raise OutputError(f"{work.folder} lost receipts while it was worked in", "run the same command again")

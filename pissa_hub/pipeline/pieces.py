@@ -76,7 +76,7 @@ def cut(shard: PlannedShard[W], at_least: int) -> list[Piece[W]]:
     runs: list[list[TensorEntry]] = []
     room = 0
     for entry in shard.entries:
-        if not runs or entry.nbytes > room:
+        if not runs or (room < size and entry.nbytes > max(room, 0)):  # no run is of empty tensors alone
             runs.append([])
             room = size
         runs[-1].append(entry)
@@ -108,6 +108,10 @@ class Division(Generic[W]):
             ]
             for number, shard in enumerate(self.joins)
         }
+
+    def name(self, number: int) -> str:
+        """Of a unit or a join."""
+        return (*self.units, *self.joins)[number].name
 
     def pieces(self, join: int) -> list[Piece[W]]:
         """Of a shard to be joined, by its number, in file order."""

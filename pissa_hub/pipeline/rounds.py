@@ -13,13 +13,14 @@ class Round:
         root: keys of the job.
         number: which attempt it is.
         grace: seconds without a sign of life after which a process counts as dead.
+        renewal: seconds in which another rank 0 may begin anew after this one has failed.
     """
 
-    def __init__(self, root: Keys, number: str, grace: float) -> None:
+    def __init__(self, root: Keys, number: str, grace: float, renewal: float) -> None:
         self.number = number
         self.keys = root.below(number)
         self._grace = grace
-        self._renewal = Patience(grace)
+        self._renewal = Patience(renewal)
         self._seen: dict[str, tuple[int, Patience]] = {}
         self._is_led = False
 

@@ -12,6 +12,8 @@ In the store, under a prefix of the job:
     done                finished units
     alive/PROCESS       a counter that the process moves on: no clock is compared with another machine's
     joined, left, dead  processes that came, are through, or were seen to die
+    inherited           units that were taken over
+    notes, note/NUMBER  what other ranks have to say, for rank 0 to show
     failed, ended       the first error, and that rank 0 is through
 """
 
@@ -57,9 +59,9 @@ class Shared:
 
     def __init__(self, store: Any, rank: Rank, job: str, progress: Progress, call: int = 1) -> None:
         self._root = Keys(store).below(f"pissa-hub/{job}/{call}")
-        self._round = Round(self._root, "", GRACE_SECONDS)
-        self.rank, self.processes = rank.rank, rank.world_size
         self._rank = rank
+        self.rank, self.processes = rank.rank, rank.world_size
+        self._round = self._open_round("")
         self._name = f"{rank.rank}.{os.getpid()}.{secrets.token_hex(4)}"
         # Who comes late to a store that is gone would call that an error.
         self._late_seconds = GRACE_SECONDS if rank.hosts_store else 0.0
@@ -67,13 +69,14 @@ class Shared:
         self._left = Event()
         self._failure: PissaHubError | None = None
         self._pulse = Thread(target=self._beat, name="heartbeat", daemon=True)
-        self.progress = _Sum(progress, self.check)
+        self._notes = 0
+        self.progress = _Sum(progress, self.check, progress.note if rank.leads else self._tell)
 
     @classmethod
-    def by_environment(cls, rank: Rank, job: str, progress: Progress) -> Shared:
-        """With the store that the rank names. Raises PeerError if that cannot be reached."""
+    def by_environment(cls, rank: Rank, job: str, progress: Progress, wait: float) -> Shared:
+        """With the store that the rank names. Raises PeerError if that is not reached in so many seconds."""
         _calls[job] += 1
-        return cls(reach_store(rank, JOIN_SECONDS), rank, job, progress, _calls[job])
+        return cls(reach_store(rank, wait), rank, job, progress, _calls[job])
 
     @property
     def _store(self) -> Keys:
@@ -81,7 +84,7 @@ class Shared:
 
     def __enter__(self) -> Shared:
         if self._rank.leads:
-            self._round = Round(self._root, str(self._root.add("round", 1)), GRACE_SECONDS)
+            self._round = self._open_round(str(self._root.add("round", 1)))
             self._store.set("leader", self._name)
             self._pulse.start()
         return self
@@ -110,7 +113,9 @@ class Shared:
         """
         patience = Patience(JOIN_SECONDS)
         while not patience.ran_out():
-            self._find_newest_round()
+            number = self._root.get("round")
+            if number is not None and number != self._round.number:
+                self._round = self._open_round(number)
             if self._round.hears_leader():
                 patience = Patience(JOIN_SECONDS)
             is_over = self._round.is_over()
@@ -173,23 +178,36 @@ class Shared:
     def count(self, what: str, number: int) -> int:
         return self._store.add(f"count/{what}", number)
 
-    def bury(self, rank: int, process: int) -> None:
-        """Rank 0: such a process is known to be dead."""
-        self._store.append("dead", f"{rank}.{process}")
+    def bury(self, rank: int, process: int) -> bool:
+        """Rank 0: such a process is dead. Whether that was not known."""
+        name = f"{rank}.{process}"
+        if name in self._store.names("dead"):
+            return False
+        self._store.append("dead", name)
+        return True
+
+    def inherited(self) -> list[int]:
+        """Units that were taken over from a process that seemed to be dead."""
+        return [int(unit) for unit in self._store.names("inherited")]
 
     def stop(self, error: BaseException) -> None:
         if self._failure is None:
-            self._store.swap("failed", "", json.dumps(_told(error, self._rank.rank)))
+            self._store.swap("failed", "", json.dumps(_told(error)))
         if self._rank.leads and not isinstance(error, KeyboardInterrupt):
             self._wait_for_others()
 
     def _leave(self, error: BaseException | None) -> None:
-        if error is not None:
+        if error is not None and (self._rank.leads or isinstance(error, PissaHubError)):
             self.stop(error)
+        elif error is not None:  # what stops one process need not stop the others
+            if not isinstance(error, KeyboardInterrupt):
+                self._tell(f"rank {self.rank} stopped ({type(error).__name__}: {error}); the others do its work")
+            self._store.append("dead", self._name.rpartition(".")[0])
         if self._rank.leads:
             self._store.set("ended", "1")
-            if error is None:
+            if not isinstance(error, KeyboardInterrupt):
                 self._wait_for_others(self._late_seconds)
+                self._hear()
             return
         self._store.append("left", self._name)
         if error is not None and not isinstance(error, KeyboardInterrupt):
@@ -218,12 +236,18 @@ class Shared:
         owner = self._store.get(f"owner/{unit}")
         if owner is None:
             return is_free and self._take(unit, "")
-        return owner != self._name and not self._round.is_alive(owner) and self._take(unit, owner)
+        if owner == self._name or self._round.is_alive(owner) or not self._take(unit, owner):
+            return False
+        self._store.append("inherited", str(unit))
+        return True
 
-    def _find_newest_round(self) -> None:
-        number = self._root.get("round")
-        if number is not None and number != self._round.number:
-            self._round = Round(self._root, number, GRACE_SECONDS)
+    def _open_round(self, number: str) -> Round:
+        # Only torchrun starts processes anew that find the store of those before.
+        return Round(self._root, number, GRACE_SECONDS, JOIN_SECONDS if self._rank.has_agent else 0.0)
+
+    def _tell(self, note: str) -> None:
+        """Another rank: let rank 0 say something."""
+        self._store.set(f"note/{self._store.add('notes', 1)}", note)
 
     def _beat(self) -> None:
         while not self._left.is_set():
@@ -240,8 +264,11 @@ class Shared:
             self._left.wait(HEARTBEAT_SECONDS)
 
     def _hear(self) -> None:
-        if self._rank.leads and self._root.get("round") != self._round.number:
+        if self._root.get("round") != self._round.number:
             self._failure = self._failure or PeerError("another rank 0 has begun", "leave it to that one")
+        while self._rank.leads and (note := self._store.get(f"note/{self._notes + 1}")) is not None:
+            self._notes += 1
+            self.progress.note(note)
         failed = self._store.get("failed")
         if failed is not None and self._failure is None:
             self._failure = _heard(json.loads(failed))
@@ -250,9 +277,10 @@ class Shared:
 class _Sum:
     """Progress of all processes together; whoever begins a weight hears here that another process failed."""
 
-    def __init__(self, progress: Progress, check: Callable[[], None]) -> None:
+    def __init__(self, progress: Progress, check: Callable[[], None], tell: Callable[[str], None]) -> None:
         self._progress = progress
         self._check = check
+        self.note = tell
         self._lock = Lock()
         self._expected = self._shown = self._own = 0
 
@@ -268,9 +296,6 @@ class _Sum:
         with self._lock:
             self._own += nbytes
 
-    def note(self, text: str) -> None:
-        self._progress.note(text)
-
     def take(self) -> int:
         """Own bytes since the last call."""
         with self._lock:
@@ -284,11 +309,11 @@ class _Sum:
         self._shown = max(total, self._shown)
 
 
-def _told(error: BaseException, rank: int) -> dict[str, str]:
+def _told(error: BaseException) -> dict[str, str]:
     if isinstance(error, PissaHubError):
         return {"kind": type(error).__name__, "fact": error.fact, "remedy": error.remedy}
     what = "was interrupted" if isinstance(error, KeyboardInterrupt) else f"stopped ({type(error).__name__}: {error})"
-    return {"kind": "PeerError", "fact": f"rank {rank} {what}", "remedy": CARRY_ON}
+    return {"kind": "PeerError", "fact": f"rank 0 {what}", "remedy": CARRY_ON}
 
 
 def _heard(told: Mapping[str, str]) -> PissaHubError:

@@ -88,7 +88,7 @@ def reach_store(rank: Rank, wait: float) -> Any:
         return _distributed().TCPStore(
             rank.address, rank.port, is_master=rank.hosts_store, wait_for_workers=False, timeout=timeout
         )
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, ValueError) as error:  # names that no resolver takes, too
         reason, place = str(error).splitlines()[0], f"{rank.address}:{rank.port}"
         raise PeerError(f"the rendezvous store at {place} cannot be reached ({reason})", "look at rank 0") from None
 

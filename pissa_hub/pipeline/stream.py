@@ -169,7 +169,7 @@ def _read(
                 buffer = pool.acquire(weight.room if weight else entry.nbytes)
                 reader.read_into(entry, buffer.view[: entry.nbytes])
                 yield _Read(shard, entry, buffer)
-            size = len(span) if span else shard.source.header.file_size
+            size = len(span) if span is not None else shard.source.header.file_size
             yield _ShardEnd(shard, FileDigest(size, reader.sha256()))
 
 

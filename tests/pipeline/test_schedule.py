@@ -40,9 +40,10 @@ class Crew:
         errors: what stopped a rank.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, has_agent: bool = False) -> None:
         self.store = host_store()
         self.size = size
+        self.has_agent = has_agent
         self.begin_anew()
 
     def begin_anew(self) -> None:
@@ -53,7 +54,7 @@ class Crew:
         self._here, self._faulty_first = Barrier(self.size), Event()
 
     def shared(self, rank: int, progress: Any = None) -> Shared:
-        place = Rank(rank, self.size, "127.0.0.1", self.store.port, hosts_store=rank == 0)
+        place = Rank(rank, self.size, "127.0.0.1", self.store.port, has_agent=self.has_agent)
         return Shared(self.store, place, "job", progress or Silent())
 
     def together(
@@ -233,7 +234,7 @@ def test_who_comes_late_finds_all_finished() -> None:
 
 def test_processes_that_are_started_anew_find_each_other() -> None:
     """As after a change of members under torchrun: its store still has all that those of before wrote."""
-    crew = Crew(2)
+    crew = Crew(2, has_agent=True)
     crew.together(40, faulty=0, fault=die, at=5)
     assert sorted(crew.errors) == [1]
     crew.begin_anew()
