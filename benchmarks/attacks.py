@@ -4,9 +4,9 @@
     python -m benchmarks.attacks --only header --json FILE
 
 Each case is a command line in a process of its own. Its start-up is that of the same command with a path that does not
-exist or, where the case gets so far that transformers is imported, with sound inputs. The goal: a case takes at most a
-second and 100 MB more. Seconds are those of the processor, user and system, which other work on the machine hardly
-changes; a command that waits is stopped after a minute and fails.
+exist or, where the case gets so far that transformers is imported, with sound inputs; it is measured again and again
+between the cases, and the least counts. The goal: a case takes at most a second and 100 MB more. Seconds are those of
+the processor, user and system; a command that waits is stopped after a minute and fails.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cache
+from itertools import count
 from pathlib import Path
 from threading import Timer
-from typing import Any
 
 from benchmarks.processes import ROOT
 from benchmarks.results import machine, markdown_table, save, versions
@@ -31,6 +31,7 @@ from benchmarks.results import machine, markdown_table, save, versions
 SECONDS = 1.0
 MEGABYTES = 100.0
 START_UPS = 3
+CASES_PER_START_UP = 10
 PATIENCE = 60.0
 
 # The command line, which says last what it imported.
@@ -116,7 +117,7 @@ def measure(arguments: Sequence[str], folder: Path) -> Run:
     )
 
 
-class StartUp:
+class StartUps:
     """What commands take by themselves.
 
     Args:
@@ -125,18 +126,23 @@ class StartUp:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self.of = cache(self._of)
+        self._runs: defaultdict[tuple[str, bool], list[Run]] = defaultdict(list)
+        self._cases: defaultdict[tuple[str, bool], count[int]] = defaultdict(count)
 
-    def _of(self, command: str, is_late: bool) -> tuple[float, float]:
-        """Seconds and megabytes, the median and the least of several runs."""
-        arguments = _sound(command) if is_late else _wrong(command)
-        runs = []
-        for _ in range(START_UPS):
+    def beside(self, command: str, is_late: bool) -> None:
+        """Measure a command's start-up beside one of its cases: several times beside the first, then now and then."""
+        number = next(self._cases[command, is_late])
+        for _ in range(0 if number % CASES_PER_START_UP else 1 if number else START_UPS):
             with tempfile.TemporaryDirectory(dir=self._folder) as work:
                 for path in (self._folder / "sound").iterdir():
                     (Path(work) / path.name).symlink_to(path)
-                runs.append(measure(arguments, Path(work)))
-        return sorted(run.seconds for run in runs)[START_UPS // 2], min(run.megabytes for run in runs)
+                run = measure(_sound(command) if is_late else _wrong(command), Path(work))
+                self._runs[command, is_late].append(run)
+
+    def least(self, command: str, is_late: bool) -> tuple[float, float]:
+        """Seconds and megabytes of all runs so far."""
+        runs = self._runs[command, is_late]
+        return min(run.seconds for run in runs), min(run.megabytes for run in runs)
 
 
 def _sound(command: str) -> list[str]:
@@ -158,13 +164,26 @@ def _wrong(command: str) -> list[str]:
     ]
 
 
-def cost(case: dict[str, Any], folder: Path, start_up: StartUp) -> Cost:
-    """Of one case."""
-    run = measure(case["arguments"], folder)
-    if run.code != case["code"]:
-        raise SystemExit(f"{case['name']}: exit {run.code} instead of {case['code']}: {run.line}")
-    seconds, megabytes = start_up.of(case["arguments"][0], run.is_late)
-    return Cost(case["name"], run.code, run.line, run.seconds - seconds, run.megabytes - megabytes)
+def measure_all(folder: Path, jobs: int) -> list[Cost]:
+    """Cases in a folder that ``_BUILD`` made."""
+    cases, start_ups = json.loads((folder / "cases.json").read_bytes()), StartUps(folder)
+    start_ups.beside("decompose", True)  # so that no case pays for a cold disk
+
+    def measure_case(number: int) -> Run:
+        case = cases[number]
+        run = measure(case["arguments"], folder / str(number))
+        if run.code != case["code"]:
+            raise SystemExit(f"{case['name']}: exit {run.code} instead of {case['code']}: {run.line}")
+        start_ups.beside(case["arguments"][0], run.is_late)
+        return run
+
+    with ThreadPoolExecutor(jobs) as pool:
+        runs = list(pool.map(measure_case, range(len(cases))))
+    costs = []
+    for case, run in zip(cases, runs, strict=True):
+        seconds, megabytes = start_ups.least(case["arguments"][0], run.is_late)
+        costs.append(Cost(case["name"], run.code, run.line, run.seconds - seconds, run.megabytes - megabytes))
+    return costs
 
 
 def main() -> None:
@@ -176,14 +195,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         subprocess.run([sys.executable, "-c", _BUILD, name, arguments.only], cwd=ROOT, check=True)
-        cases = json.loads((folder / "cases.json").read_bytes())
-        start_up = StartUp(folder)
-        for command in sorted({case["arguments"][0] for case in cases}):
-            start_up.of(command, False)
-        with ThreadPoolExecutor(arguments.jobs) as pool:
-            costs = list(
-                pool.map(lambda number: cost(cases[number], folder / str(number), start_up), range(len(cases)))
-            )
+        costs = measure_all(folder, arguments.jobs)
     rows = [[found.name, f"{found.seconds:+.2f}", f"{found.megabytes:+.0f}", found.line[:100]] for found in costs]
     slowest = max(costs, key=lambda found: found.seconds)
     largest = max(costs, key=lambda found: found.megabytes)

@@ -36,6 +36,10 @@ class Finding:
     detail: str
 
 
+class RefusedError(Exception):
+    """Raised for what a parser turns down without an error of its own."""
+
+
 class Hang(BaseException):
     """Not an Exception: a parser that is lenient with those must not swallow it."""
 
@@ -58,6 +62,8 @@ def judge(parse: Parser, data: bytes) -> str | Finding:
         if len(message) > MAX_CHARS:
             return _finding("a long message", error)
         return REFUSED if error.fact and error.remedy else _finding("a message without a fact", error)
+    except RefusedError:
+        return REFUSED
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # also what only torch or a signal raises

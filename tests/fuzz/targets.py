@@ -40,6 +40,7 @@ from pissa_hub.pipeline.receipts import WORK_FOLDER, WorkFolder, pinned_commits
 from pissa_hub.pipeline.settings import Settings
 from pissa_hub.recipes import load_recipe
 
+from .contract import RefusedError
 from .mutation import join, parts_of
 from .world import CARD, MODULES, PLAN_DIGEST, World
 
@@ -59,7 +60,8 @@ class Target:
 
     Attributes:
         seeds: valid documents.
-        parse: gives it one; raises AssertionError if what is accepted is not what it should be.
+        parse: gives it one; raises AssertionError if what is accepted is not what it should be, and RefusedError if
+            nothing is.
     """
 
     seeds: tuple[bytes, ...]
@@ -174,6 +176,8 @@ def card(world: World) -> Target:
         metadata = source_metadata(data.decode(errors="replace"))
         _check_merged("org/model", None, metadata)
         _check_merged(None, "apache-2.0", metadata)
+        if not metadata:
+            raise RefusedError
 
     plain = b"---\nlicense: apache-2.0\nlanguage: en\n---\n"
     several = b'---\r\nlicense: [mit, "gpl-3.0"]\r\nlanguage: ["en"]\r\nlicense_link: LICENSE\r\n---\r\n'
@@ -269,10 +273,11 @@ def receipt(world: World) -> Target:
     def parse(data: bytes) -> None:
         path.write_bytes(_sealed(data))
         found = _never_refusing(lambda: work.receipt(shard, source))
-        if found is not None:
-            assert (found.shard, found.source, found.output) == (shard, real.source, real.output)
-            work.write(found)
-            assert work.receipt(shard, source) == found
+        if found is None:
+            raise RefusedError
+        assert (found.shard, found.source, found.output) == (shard, real.source, real.output)
+        work.write(found)
+        assert work.receipt(shard, source) == found
 
     return Target(seeds, parse)
 
@@ -287,7 +292,11 @@ def plan(world: World) -> Target:
         path.write_bytes(_sealed(data))
         commits = _never_refusing(lambda: pinned_commits(output))
         assert all(isinstance(text, str) for pair in commits.items() for text in pair)
-        assert isinstance(_never_refusing(work.found_digest), str | None)
+        assert isinstance(_never_refusing(work.found_run), str | None)
+        digest = _never_refusing(work.found_digest)
+        if digest is None:
+            raise RefusedError
+        assert isinstance(digest, str)
 
     return Target(seeds, parse)
 

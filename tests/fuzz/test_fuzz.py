@@ -23,7 +23,7 @@ from ..helpers import ROOT
 from . import contract
 from .__main__ import main
 from .campaign import Campaign, by_own_mutator, shrink
-from .contract import ACCEPTED, Finding, judge
+from .contract import ACCEPTED, REFUSED, Finding, judge
 from .mutation import ODD_NUMBERS, ODD_TEXTS, join, mutate, odd_value, parts_of
 from .targets import TARGETS, Target
 from .world import World
@@ -80,6 +80,11 @@ def test_valid_documents_are_accepted(target_of: Callable[[str], Target], name: 
     target = target_of(name)
     verdicts = [judge(target.parse, data) for data in target.seeds]
     assert verdicts == [ACCEPTED] * len(target.seeds)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_no_bytes_are_refused(target_of: Callable[[str], Target], name: str) -> None:
+    assert judge(target_of(name).parse, b"") == REFUSED
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -222,7 +227,8 @@ def test_the_long_form(tmp_path: Path) -> None:
     rows = json.loads(kept.read_bytes())["rows"]
     assert [row["target"] for row in rows] == list(TARGETS)
     assert {row["engine"] for row in rows} == {"atheris" if find_spec("atheris") else "own"}
-    assert all(row["inputs"] > 0 and row["findings"] == [] for row in rows)
+    assert all(row["findings"] == [] for row in rows)
+    assert all(row["accepted"] > 0 and row["refused"] > 0 for row in rows)
 
 
 def test_an_unknown_target_is_refused(capfd: pytest.CaptureFixture[str]) -> None:

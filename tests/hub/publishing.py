@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +41,25 @@ def logged_in(folder: Path, storage: Storage = "basic", token: str | None = Loop
         close_session()
         yield hub
         close_session()
+
+
+def stop_at(hub: LoopbackHub, path: str, passing: int = 0) -> threading.Thread:
+    """Stop the hub at a request, as if it were killed: neither that one nor a later one of its kind has an answer.
+
+    Args:
+        hub: heal and start it once the thread has ended.
+        path: of such requests, a regex.
+        passing: of them, before.
+    """
+    stopping = threading.Thread(target=hub.stop)
+
+    def stop() -> None:
+        hub.fail(path, "cut", times=100)
+        stopping.start()
+
+    hub.fail(path, None, times=passing)
+    hub.fail(path, None, action=stop)
+    return stopping
 
 
 def put_base(hub: LoopbackHub, source: Path, card: str = CARD, repo_id: str = BASE) -> Path:

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +31,7 @@ from .publishing import (
     json_of,
     logged_in,
     put_base,
+    stop_at,
     stored,
     trained_adapter,
 )
@@ -107,22 +107,12 @@ def test_published_folder_comes_back_sound(tiny_checkpoint: Factory, tmp_path: P
 def test_branch_is_never_half_changed(hub: LoopbackHub, original: Path, folder: Path, tmp_path: Path) -> None:
     publish(folder, NAME)
     other = decomposed(original, tmp_path / "other", rank=8, exclude="k_proj")
-    hub.fail("/upload/|/preupload/|/commit/", None, times=50, seconds=0.05)
-    first, seen, done = hub.files(NAME), [], threading.Event()
-
-    def watch() -> None:
-        while not done.is_set():
-            seen.append(hub.files(NAME))
-            time.sleep(0.005)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+    first, seen, sent = hub.files(NAME), [], len(hub.requests)
+    hub.fail("", None, times=1000, action=lambda: seen.append(hub.files(NAME)))
     publish(other, NAME)
-    done.set()
-    watcher.join()
     last = hub.files(NAME)
     assert first != last
-    assert len(seen) > 20
+    assert len(seen) == len(hub.requests) - sent, "seen at every request"
     assert all(files in (first, last) for files in seen)
 
 
@@ -206,14 +196,7 @@ def test_commit_whose_answer_was_lost_is_found(hub: LoopbackHub, folder: Path, n
 
 @pytest.mark.parametrize("stage", ["/upload/", "/commit/"])
 def test_killed_server_carries_on(hub: LoopbackHub, folder: Path, no_waiting: None, stage: str) -> None:
-    stopping, first = threading.Thread(target=hub.stop), threading.Lock()
-
-    def stop() -> None:
-        if first.acquire(blocking=False):
-            stopping.start()
-        time.sleep(0.3)
-
-    hub.fail(stage, 503, times=9, action=stop)
+    stopping = stop_at(hub, stage)
     with pytest.raises(HubError) as caught:
         publish(folder, NAME)
     assert "\n" not in str(caught.value)

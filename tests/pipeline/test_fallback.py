@@ -103,7 +103,7 @@ def test_the_cpu_that_has_no_memory_keeps_the_work(
         nonlocal calls
         calls += 1
         if calls > 8:
-            torch.empty(1 << 46, dtype=torch.uint8)
+            torch.empty(1 << 62, dtype=torch.uint8)
         return work(worker, weight, data)
 
     with monkeypatch.context() as patch:

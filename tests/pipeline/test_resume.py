@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,19 +31,19 @@ SHARDS = 4
 FIRST_RECEIPT = ".pissa/model-00001-of-00004.safetensors.receipt.json"
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
 
-# The command line in a process that idles once it has a receipt, or kills itself where a test wants it.
-_SLOW = """
+# The command line in a process that halts once it has the file HALT, or kills itself at the fsync KILL_AT.
+_PROGRAM = """
 import os, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from pissa_hub import cli
 from pissa_hub.progress import Bar
 
 advance = Bar.advance
-def slow(self, nbytes):
-    if os.path.exists(os.environ["SLOW_FROM"]):
-        time.sleep(1.0)
+def halting(self, nbytes):
+    while os.path.exists(os.environ.get("HALT", "")):
+        time.sleep(0.01)
     advance(self, nbytes)
-Bar.advance = slow
+Bar.advance = halting
 
 fsync, calls = os.fsync, 0
 def deadly(descriptor):
@@ -286,10 +284,10 @@ def test_finished_folder_of_another_config_is_refused(tiny_checkpoint: Factory, 
 
 
 def start(source: Path, output: Path, **environment: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", _SLOW, "decompose", str(source), "-o", str(output), "--rank", "4"]
+    command = [sys.executable, "-c", _PROGRAM, "decompose", str(source), "-o", str(output), "--rank", "4"]
     return subprocess.Popen(
         command,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "SLOW_FROM": str(output / FIRST_RECEIPT), **environment},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -297,7 +295,7 @@ def start(source: Path, output: Path, **environment: str) -> subprocess.Popen[st
 
 
 @posix_only
-@pytest.mark.parametrize("kill_at", ["12", "after a receipt, anywhere", "16"])
+@pytest.mark.parametrize("kill_at", ["12", "16", "between two fsyncs"])
 def test_kill_9_and_the_same_command_again(
     tiny_checkpoint: Factory, reference: dict[str, bytes], tmp_path: Path, kill_at: str
 ) -> None:
@@ -305,9 +303,8 @@ def test_kill_9_and_the_same_command_again(
     if kill_at.isdecimal():
         process = start(source, output, KILL_AT=kill_at)
     else:
-        process = start(source, output)
+        process = start(source, output, HALT=str(output / FIRST_RECEIPT))
         wait_until((output / FIRST_RECEIPT).exists, process)
-        time.sleep(random.random() * 0.2)
         process.kill()
     process.communicate(timeout=600)
     assert process.returncode == -signal.SIGKILL
@@ -324,7 +321,7 @@ def test_interrupt_says_so_and_the_same_command_carries_on(
     tiny_checkpoint: Factory, reference: dict[str, bytes], tmp_path: Path
 ) -> None:
     source, output = small(tiny_checkpoint), tmp_path / "out"
-    process = start(source, output)
+    process = start(source, output, HALT=str(output / FIRST_RECEIPT))
     wait_until((output / FIRST_RECEIPT).exists, process)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=600)
