@@ -2,9 +2,11 @@
 
     python -m benchmarks.kills --points 200 --processes 1,2,3 --json benchmarks/results/kills.json
 
-Each command is killed (SIGKILL) before every step that commits something by name, after the last of them, and at
-random: at a random time, and before or after a random one of its operations. Some of the runs that carry on are
-killed, too. With several processes, which share the work as under SLURM, a random choice of them is killed, and all
+Each process of each command is killed (SIGKILL) before every step of its own that is no plain write, after the last of
+them, and at random: at a random time, and before or after a random one of its operations. Some of the runs that carry
+on are killed, too. Several processes share the work as under SLURM. Large shards are cut into pieces, the work is dealt
+out in turn, so that all are at work and a step is the same process's in every run; when one is killed before a step of
+its own, the others do its work, unless it was rank 0, and at random points a random choice of them is killed. Then all
 start again. Processes are forked from one that has imported the program; ``--alone`` points start an interpreter of
 their own. For Linux.
 """
@@ -13,14 +15,18 @@ from __future__ import annotations
 
 import argparse
 import random
+import re
 import shutil
 import socket
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +39,11 @@ KILLED = -9
 # Of the runs that carry on, how many are killed, too; and how often at most.
 _CHAINED = 0.3
 _LONGEST_CHAIN = 4
+# Seconds in which what is left of a job is through, whether it does all the work or fails; if not, it hangs.
+_AMPLE = 60.0
 # The whole job is killed; or what is left of it has time to notice, or to do all the work.
-_GRACES = (0.0, 0.5, 5.0)
+_GRACES = (0.0, 0.5, _AMPLE)
+_PIECE = re.compile(r"\.pissa/(?P<shard>.+)\.\d{3}\.piece")
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,7 @@ class Point:
     fault: Fault | None
     seconds: float | None = None
     ranks: tuple[int, ...] = (0,)
-    grace: float = 0.2
+    grace: float = _AMPLE
 
     def __str__(self) -> str:
         where = (
@@ -61,27 +70,53 @@ class Point:
 
 
 @dataclass(frozen=True)
+class Kill:
+    """A process that was killed: its rank, and the last operation that it had begun."""
+
+    rank: int
+    operation: str
+
+
+@dataclass(frozen=True)
 class Result:
     """What came of one point.
 
     Attributes:
         points: where the run was killed, and the runs that carried on, in turn.
-        kills: how many of them struck before the run was through.
-        failure: what was wrong in the end; None if every byte is that of an uninterrupted run.
+        kills: those that struck before the process was through.
+        failure: what was wrong; None if every byte is that of an uninterrupted run.
     """
 
     points: tuple[Point, ...]
-    kills: int
+    kills: tuple[Kill, ...]
     failure: str | None
 
 
 @dataclass(frozen=True)
 class Reference:
-    """An uninterrupted run: its files, its operations in order, and how long it took."""
+    """An uninterrupted run.
+
+    Attributes:
+        files: that it leaves.
+        operations: of each process, in order.
+        begun: seconds until all were at work.
+        seconds: until all were through.
+    """
 
     files: dict[str, bytes]
-    operations: list[str]
+    operations: list[list[str]]
+    begun: float
     seconds: float
+
+    def part(self, operation: str) -> str:
+        """What it belongs to: "pieces" of a shard, their "joins", or "whole" shards and all else."""
+        is_of_piece = _PIECE.search(operation) and not operation.endswith(": remove")
+        return "pieces" if is_of_piece else "joins" if any(shard in operation for shard in self._cut) else "whole"
+
+    @cached_property
+    def _cut(self) -> set[str]:
+        """Names of the shards that were cut into pieces."""
+        return {found["shard"] for names in self.operations for name in names if (found := _PIECE.search(name))}
 
 
 class Harness:
@@ -105,31 +140,46 @@ class Harness:
         self._folder = folder
 
     def reference(self) -> Reference:
-        """An uninterrupted run. Raises RuntimeError if it fails."""
+        """An uninterrupted run. Raises RuntimeError if it fails, or if not all processes were at work."""
         with self._output() as root:
-            start = time.perf_counter()
             ended = self._run(root)
             for process in ended:
                 if process.code:
                     raise RuntimeError(f"{self._command}: exit {process.code}\n{process.err}")
-            return Reference(files_of(root), ended[0].operations, time.perf_counter() - start)
+                if not process.operations:
+                    raise RuntimeError(f"{self._command}: one of {self._processes} processes had nothing to do")
+            seconds = max(process.seconds for process in ended)
+            begun = max(process.begun for process in ended)
+            return Reference(files_of(root), [process.operations for process in ended], begun, seconds)
 
     def attempt(self, points: Sequence[Point], reference: Reference) -> Result:
         """Kill a run at the first point, the run that carries on at the second, and let the last one end."""
-        kills = 0
+        kills: list[Kill] = []
         with self._output() as root:
             for point in points:
                 ended = self._run(root, point)
-                codes = [process.code for process in ended]
-                kills += KILLED in codes
-                if any(code not in (0, KILLED, *([1] if KILLED in codes else [])) for code in codes):
-                    return Result(tuple(points), kills, f"exit {codes}: {_said(ended)}")
+                kills += [
+                    Kill(rank, ended[rank].operations[-1] if ended[rank].operations else "nothing")
+                    for rank in point.ranks
+                    if ended[rank].code == KILLED
+                ]
+                if not _is_in_order(point, [process.code for process in ended]):
+                    return Result(tuple(points), tuple(kills), _said(ended))
             ended = self._run(root)
             if any(process.code for process in ended):
-                failure: str | None = f"exit {[process.code for process in ended]}: {_said(ended)}"
+                failure: str | None = _said(ended)
             else:
                 failure = _difference(files_of(root), reference.files)
-        return Result(tuple(points), kills, failure)
+        return Result(tuple(points), tuple(kills), failure)
+
+    def strike(self, point: Point, reference: Reference) -> Result:
+        """Kill a run at a named step, which it has to come to, and let another one end."""
+        result = self.attempt([point], reference)
+        if result.failure is None and [(kill.rank, kill.operation) for kill in result.kills] != [
+            (rank, point.fault and point.fault.at) for rank in point.ranks
+        ]:
+            return replace(result, failure=f"not killed there, but {result.kills}")
+        return result
 
     def _run(self, root: Path, point: Point | None = None) -> list[Ended]:
         arguments = self._inputs.arguments(self._command, root / "out")
@@ -145,24 +195,28 @@ class Harness:
             yield Path(folder)
 
 
-def steps(reference: Reference, processes: int) -> list[Point]:
-    """Before every operation that is no plain write, and after the last one, whichever process does it."""
-    named = [Fault("SIGKILL", name) for name in reference.operations if ": write" not in name]
-    last = Fault("SIGKILL", reference.operations[-1], after=True)
-    return [Point(fault, None, tuple(range(processes))) for fault in (*named, last)]
+def steps(reference: Reference) -> list[Point]:
+    """Of each process, before every operation of its own that is no plain write, and after the last one."""
+    points = []
+    for rank, operations in enumerate(reference.operations):
+        faults = [Fault("SIGKILL", name) for name in operations if ": write" not in name]
+        faults.append(Fault("SIGKILL", operations[-1], after=True))
+        points += [Point(fault, None, (rank,)) for fault in faults]
+    return points
 
 
-def random_points(reference: Reference, processes: int, generator: random.Random) -> Iterator[list[Point]]:
-    """Endless: each a chain of one point or more, half of them at times and half at operations."""
+def random_points(reference: Reference, generator: random.Random) -> Iterator[list[Point]]:
+    """Endless: each a chain of one point or more, half of them at times when all are at work and half at operations."""
+    processes = len(reference.operations)
     while True:
         chain: list[Point] = []
         while not chain or (len(chain) < _LONGEST_CHAIN and generator.random() < _CHAINED):
             ranks = tuple(sorted(generator.sample(range(processes), generator.randint(1, processes))))
             grace = generator.choice(_GRACES)
             if generator.random() < 0.5:
-                chain.append(Point(None, generator.uniform(0, reference.seconds), ranks, grace))
+                chain.append(Point(None, generator.uniform(reference.begun, reference.seconds), ranks, grace))
             else:
-                at = generator.randint(1, len(reference.operations))
+                at = generator.randint(1, min(len(reference.operations[rank]) for rank in ranks))
                 chain.append(Point(Fault("SIGKILL", at, after=generator.random() < 0.5), None, ranks, grace))
         yield chain
 
@@ -187,50 +241,60 @@ def _difference(found: dict[str, bytes], expected: dict[str, bytes]) -> str | No
 
 
 def _said(ended: Sequence[Ended]) -> str:
-    return " | ".join(process.err.strip()[-500:] for process in ended)
+    said = " | ".join(process.err.strip()[-500:] for process in ended)
+    return f"exit {[process.code for process in ended]}: {said}"
 
 
-def campaign(
-    harness: Harness,
-    one: Reference,
-    points: int,
-    processes: int,
-    generator: random.Random,
-    *,
-    by_name: bool = True,
-) -> dict[str, Any]:
+def _is_in_order(point: Point, codes: Sequence[int]) -> bool:
+    """Whether all did their work that could: without rank 0 the others fail, and for as long as they have they live."""
+    allowed = {0} | ({1} if len(codes) > 1 and codes[0] == KILLED else set())
+    was_cut_short = KILLED in codes and point.grace < _AMPLE
+    return all(
+        code in allowed or (code == KILLED and (rank in point.ranks or was_cut_short))
+        for rank, code in enumerate(codes)
+    )
+
+
+def campaign(harness: Harness, one: Reference, points: int, generator: random.Random, every: int) -> dict[str, Any]:
     """Kill at every named step and at random points; figures of both, and every failure.
 
     Args:
-        harness: of the command in so many ``processes``.
+        harness: of the command.
         one: the uninterrupted run in one process, whose files all runs have to leave.
         points: random ones that strike before the run is through.
-        processes: how many.
         generator: of the points.
-        by_name: at named steps, too.
+        every: how many named steps there are to each that is taken; 0 for none.
     """
-    reference = replace(one, seconds=harness.reference().seconds)
+    reference = harness.reference()
+    if different := _difference(reference.files, one.files):
+        raise RuntimeError(f"{len(reference.operations)} processes do not leave the bytes of one: {different}")
     start = time.perf_counter()
-    named = [harness.attempt([point], reference) for point in (steps(reference, processes) if by_name else [])]
-    chains = random_points(reference, processes, generator)
+    named = [harness.strike(point, reference) for point in (steps(reference)[::every] if every else [])]
+    chains = random_points(reference, generator)
     drawn: list[Result] = []
-    while sum(result.kills > 0 for result in drawn) < points:
+    while sum(bool(result.kills) for result in drawn) < points:
         drawn.append(harness.attempt(next(chains), reference))
     return {
-        "operations": len(reference.operations),
-        "steps": _figures(named),
-        "random": _figures(drawn),
+        "operations": [len(operations) for operations in reference.operations],
+        "steps": _figures(named, reference),
+        "random": _figures(drawn, reference),
         "failures": [f"{'; '.join(map(str, done.points))}: {done.failure}" for done in named + drawn if done.failure],
         "seconds": time.perf_counter() - start,
     }
 
 
-def _figures(results: Sequence[Result]) -> dict[str, int]:
+def _figures(results: Sequence[Result], reference: Reference) -> dict[str, Any]:
+    kills = [kill for result in results for kill in result.kills]
+    parts = Counter(reference.part(kill.operation) for kill in kills)
     return {
         "points": len(results),
+        "struck": sum(bool(result.kills) for result in results),
         "equal": sum(result.failure is None for result in results),
-        "kills": sum(result.kills for result in results),
         "chains": sum(len(result.points) > 1 for result in results),
+        "kills": len(kills),
+        "of rank": [sum(kill.rank == rank for kill in kills) for rank in range(len(reference.operations))],
+        "in pieces": parts["pieces"],
+        "in joins": parts["joins"],
     }
 
 
@@ -241,9 +305,11 @@ def main() -> None:
     parser.add_argument(
         "--points", type=int, default=200, help="random ones that strike, shared out among commands and processes"
     )
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="only each N-th of the named steps")
     parser.add_argument("--processes", default="1", metavar="N,N")
     parser.add_argument("--command", choices=[*COMMANDS, "all"], default="all")
     parser.add_argument("--alone", type=int, default=2, help="points of each command in an interpreter of its own")
+    parser.add_argument("--jobs", type=int, default=2, help="cases at a time; much of theirs is waiting for the dead")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
@@ -251,25 +317,19 @@ def main() -> None:
     counts = [int(count) for count in options.processes.split(",")]
     # convert is one process, whatever is asked for.
     cases = [(command, count) for count in counts for command in commands if count == 1 or command != "convert"]
-    generator = random.Random(options.seed)
-    rows: list[dict[str, Any]] = []
+    shares = [options.points // len(cases) + (number < options.points % len(cases)) for number in range(len(cases))]
     folder = Path(tempfile.mkdtemp(prefix="kills-"))
     try:
         source = write_source(folder / "source")
         with Server(source) as server:
             inputs = make_inputs(server, source, folder)
-            for number, (command, count) in enumerate(cases):
-                points = options.points // len(cases) + (number < options.points % len(cases))
-                harness = Harness(server.run, inputs, command, count, folder)
-                one = Harness(server.run, inputs, command, 1, folder).reference()
-                rows.append({"command": command, "processes": count, "start": "forked"})
-                rows[-1] |= campaign(harness, one, points, count, generator)
-                print(_line(rows[-1]), *rows[-1]["failures"], sep="\n", flush=True)
-                if options.alone and count == 1:
-                    alone = Harness(lambda run, grace: [run_alone(run)], inputs, command, count, folder)
-                    rows.append({"command": command, "processes": count, "start": "its own interpreter"})
-                    rows[-1] |= campaign(alone, one, options.alone, count, generator, by_name=False)
-                    print(_line(rows[-1]), *rows[-1]["failures"], sep="\n", flush=True)
+
+        def rows_of(case: tuple[str, int], points: int) -> list[dict[str, Any]]:
+            with Server(source) as server:
+                return _rows(server, inputs, folder, *case, points, options)
+
+        with ThreadPoolExecutor(options.jobs) as pool:
+            rows = [row for rows in pool.map(rows_of, cases, shares) for row in rows]
     finally:
         shutil.rmtree(folder)
     if options.json:
@@ -283,17 +343,43 @@ def main() -> None:
     sys.exit(any(row["failures"] for row in rows))
 
 
+def _rows(
+    server: Server, inputs: Inputs, folder: Path, command: str, processes: int, points: int, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """A command in so many processes, forked; one process also in an interpreter of its own."""
+    one = Harness(server.run, inputs, command, 1, folder).reference()
+    ways: list[tuple[str, Callable[..., list[Ended]], int, int]] = [("forked", server.run, points, options.every)]
+    if options.alone and processes == 1:
+        ways.append(("its own interpreter", lambda run, grace: [run_alone(run)], options.alone, 0))
+    rows: list[dict[str, Any]] = []
+    for name, start, share, every in ways:
+        harness = Harness(start, inputs, command, processes, folder)
+        generator = random.Random(f"{options.seed} {command} {processes} {name}")
+        row = {"command": command, "processes": processes, "start": name}
+        rows.append(row | campaign(harness, one, share, generator, every))
+        print(_line(rows[-1]), *rows[-1]["failures"], sep="\n", flush=True)
+    return rows
+
+
 def _line(row: dict[str, Any]) -> str:
     return (
         f"{row['command']}, {row['processes']} x {row['start']}: "
-        f"{row['steps']['equal']} of {row['steps']['points']} named steps, "
-        f"{row['random']['equal']} of {row['random']['points']} random points equal, "
-        f"{row['steps']['kills'] + row['random']['kills']} kills in {row['seconds']:.0f} s"
+        f"{row['steps']['struck']} of {row['steps']['points']} named steps and "
+        f"{row['random']['struck']} of {row['random']['points']} random points struck, "
+        f"{row['steps']['equal']} and {row['random']['equal']} equal, {_sums(row)} in {row['seconds']:.0f} s"
     )
 
 
+def _sums(row: dict[str, Any]) -> str:
+    """Kills in all, and of what."""
+    both = row["steps"], row["random"]
+    ranks = map(sum, zip(*(figures["of rank"] for figures in both), strict=True))
+    kills, pieces, joins = (sum(figures[key] for figures in both) for key in ("kills", "in pieces", "in joins"))
+    return f"{kills} kills (by rank {', '.join(map(str, ranks))}; {pieces} in pieces, {joins} in joins)"
+
+
 def _table(rows: Sequence[dict[str, Any]]) -> str:
-    header = ["command", "processes", "start", "operations", "named steps equal", "random points equal", "kills"]
+    header = ["command", "processes", "start", "operations", "named steps", "random points", "kills"]
     return markdown_table(
         header,
         [
@@ -301,10 +387,12 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
                 row["command"],
                 str(row["processes"]),
                 row["start"],
-                str(row["operations"]),
-                f"{row['steps']['equal']} of {row['steps']['points']}",
-                f"{row['random']['equal']} of {row['random']['points']}",
-                str(row["steps"]["kills"] + row["random"]["kills"]),
+                " + ".join(map(str, row["operations"])),
+                *(
+                    f"{row[key]['points']}, {row[key]['struck']} struck, {row[key]['equal']} equal"
+                    for key in ("steps", "random")
+                ),
+                _sums(row),
             ]
             for row in rows
         ],

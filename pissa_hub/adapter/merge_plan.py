@@ -12,6 +12,7 @@ from pissa_hub.adapter.peft_files import Adapter
 from pissa_hub.checkpoint.encoding import is_plain
 from pissa_hub.checkpoint.header import Header, TensorSpec, build_header, canonical
 from pissa_hub.checkpoint.index import INDEX_NAME
+from pissa_hub.checkpoint.reader import read_small
 from pissa_hub.checkpoint.source import Checkpoint
 from pissa_hub.model.modules import ModelLayout
 from pissa_hub.pipeline.planned import WholeShard
@@ -150,7 +151,7 @@ def _config(checkpoint: Checkpoint, weights: Mapping[str, MergedWeight], *, is_u
         if isinstance(config.get("text_config"), dict):
             changes["text_config"] = {**config["text_config"], "tie_word_embeddings": False}
     if not changes:
-        return checkpoint.files.path("config.json").read_bytes()
+        return read_small(checkpoint.files.path("config.json"))
     return to_json({**config, **changes}, allow_nan=True)
 
 

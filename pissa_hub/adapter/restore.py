@@ -13,6 +13,7 @@ import torch
 from pissa_hub.adapter.initial import INITIAL_FILES, open_decomposed
 from pissa_hub.adapter.restoration import Restoration, plan_restoration
 from pissa_hub.checkpoint.files import Files, Pin
+from pissa_hub.checkpoint.reader import read_small
 from pissa_hub.checkpoint.writer import copy_file_atomic, make_folder, write_file_atomic
 from pissa_hub.errors import MatrixError, OutputError
 from pissa_hub.hub.pull import pull_folder, pull_original
@@ -105,7 +106,7 @@ class _Restoring:
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(b"restore " + (self.plan.root / MANIFEST_NAME).read_bytes()).hexdigest()
+        return hashlib.sha256(b"restore " + read_small(self.plan.root / MANIFEST_NAME)).hexdigest()
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -134,7 +135,7 @@ class _Restoring:
         return load_manifest(output)
 
     def recognise(self, output: Path) -> Manifest:
-        if (output / MANIFEST_NAME).read_bytes() != (self.plan.root / MANIFEST_NAME).read_bytes():
+        if read_small(output / MANIFEST_NAME) != read_small(self.plan.root / MANIFEST_NAME):
             raise OutputError(f"{output} holds another decomposition", "choose another folder or remove it")
         check_whole(output, self.plan.manifest.files)
         for shard in self.plan.shards:

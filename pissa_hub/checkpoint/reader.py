@@ -35,6 +35,12 @@ def reading(path: Path) -> Iterator[None]:
         raise ReadError(fact, "check that it exists, its permissions and the disk") from error
 
 
+def read_small(path: Path) -> bytes:
+    """All of a file. Raises ReadError if it cannot be read."""
+    with reading(path):
+        return path.read_bytes()
+
+
 def feed(digest: Digest, file: FileIO, limit: int = sys.maxsize) -> int:
     """Add the rest of ``file``, ``limit`` bytes at most, to ``digest``, through one reused buffer; returns how many."""
     buffer = memoryview(bytearray(_FEED_BYTES))

@@ -259,10 +259,7 @@ def _make_all(
         doubtful = [shard for shard in job.shards if shard.name in inherited or not is_there(shard, work, destination)]
         Share(job, output, work, Alone(schedule.progress), destination).do(divide(doubtful))
     job.source.require_unchanged()  # of all shards, whoever has read them
-    receipts = [receipt for shard in job.shards if (receipt := work.read(shard.name))]
-    if len(receipts) < len(job.shards):
-        raise OutputError(f"{work.folder} lost receipts while it was worked in", "run the same command again")
-    return receipts, schedule.count("carried", 0)
+    return [work.require(shard.name) for shard in job.shards], schedule.count("carried", 0)
 
 
 def _differences(receipts: Sequence[Receipt]) -> Iterator[str]:

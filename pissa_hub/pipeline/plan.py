@@ -17,6 +17,7 @@ from pissa_hub import __version__
 from pissa_hub.checkpoint.encoding import require_plain
 from pissa_hub.checkpoint.header import Header, TensorSpec, build_header, canonical
 from pissa_hub.checkpoint.index import INDEX_NAME
+from pissa_hub.checkpoint.reader import read_small
 from pissa_hub.checkpoint.source import Checkpoint, Shard
 from pissa_hub.manifest import lora_names
 from pissa_hub.model.modules import ModelLayout
@@ -250,7 +251,7 @@ def model_config(checkpoint: Checkpoint, weights: Iterable[WeightPlan]) -> bytes
     changed = {weight.residual_dtype for weight in weights if weight.residual_dtype != weight.stored.dtype}
     loaded_as = ADAPTER_DTYPES.get(str(config.get(key)))
     if loaded_as == "F32" or changed <= {loaded_as}:
-        return checkpoint.files.path("config.json").read_bytes()
+        return read_small(checkpoint.files.path("config.json"))
     return _json({**config, key: "float32"})
 
 

@@ -22,7 +22,7 @@ from pissa_hub.checkpoint.files import Files, Pin
 from pissa_hub.checkpoint.lock import locked
 from pissa_hub.checkpoint.reader import sha256_file
 from pissa_hub.checkpoint.writer import FileDigest, write_file_atomic
-from pissa_hub.errors import CheckpointError, ManifestError, OutputError
+from pissa_hub.errors import CARRY_ON, CheckpointError, ManifestError, OutputError
 from pissa_hub.manifest import WeightRecord, manifest_schema, weight_record
 from pissa_hub.schema import violations
 from pissa_hub.seal import read_sealed, sealed
@@ -157,9 +157,17 @@ class WorkFolder:
     def read(self, shard: str) -> Receipt | None:
         """A file's receipt, if it is one of this plan; nothing is said of what it vouches for."""
         try:
-            table = read_sealed(self._receipt_path(shard))
+            return self.require(shard)
+        except OutputError:
+            return None
+
+    def require(self, shard: str) -> Receipt:
+        """:meth:`read`, of a file that is finished. Raises OutputError if its receipt is gone, or on a bad disk."""
+        path = self._receipt_path(shard)
+        try:
+            table = read_sealed(path)
             if table["plan"] != self._digest or table["shard"] != shard or any(violations(table, _schema())):
-                return None
+                raise ValueError("is not of this work")
             return Receipt(
                 shard,
                 FileDigest(**table["source"]),
@@ -168,8 +176,8 @@ class WorkFolder:
                 tuple(weight_record(weight) for weight in table["weights"]),
                 dict(table["environment"]),
             )
-        except (ValueError, LookupError, TypeError, ManifestError):
-            return None
+        except (ValueError, LookupError, TypeError, ManifestError) as error:
+            raise OutputError(f"{path} {error}", CARRY_ON) from None
 
     def receipt(
         self,

@@ -14,9 +14,9 @@ from benchmarks.checkpoints import Shape, write_checkpoint
 
 from .server import Run, Server
 
-# Shards of several sizes, one without a target among them.
+# Two large shards, which several processes cut; one small one, and one without a target.
 SHAPE = Shape(layers=2, hidden=64, intermediate=96, heads=4, kv_heads=2, vocab=300, tied=False)
-SHARD_BYTES = 40_000
+SHARD_BYTES = 70_000
 # Carried over, one of them from a folder in a folder.
 CARRIED = {"tokenizer_config.json": b"{}\n", "extra/deep/notes.json": b'{"a": 1}\n', "LICENSE": b"All of it.\n" * 20}
 RANK = 4

@@ -15,15 +15,18 @@ import pathlib
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Lock
+from threading import Lock, get_ident
 from typing import Any, TextIO
 
 READ = "read"
-_UNIQUE = re.compile(r"\.\d+-[0-9a-f]{8}(?=\.partial)")
+_UNIQUE = re.compile(r"(\.\d+)?-[0-9a-f]{8}(?=\.partial)")
+# Files of a work folder that is being removed: in the order of the disk, so that only their number counts.
+_DOOMED = re.compile(r"(?<=/\.pissa\.partial)/.*")
 
 
 @dataclass(frozen=True)
@@ -57,15 +60,23 @@ def partial_name(name: str) -> str:
 
 
 class Names:
-    """Names of operations that are the same in every run."""
+    """Names of operations that are the same in every run, however its threads take turns.
+
+    A folder is synced for the sake of a name in it: the sync is called after the last that its thread made there.
+    """
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._seen: dict[str, int] = {}
+        self._made: dict[tuple[int, Path], Path] = {}
 
     def name(self, operation: Operation) -> str:
-        path = partial_name(os.path.relpath(operation.target or operation.path, self._root))
-        name = f"{path}: {operation.kind}"
+        path = operation.target or operation.path
+        if operation.kind in ("rename", "make folder"):
+            self._made[get_ident(), path.parent] = path
+        elif operation.kind == "folder sync":
+            path = self._made.pop((get_ident(), path), path)
+        name = f"{_DOOMED.sub('', partial_name(os.path.relpath(path, self._root)))}: {operation.kind}"
         self._seen[name] = self._seen.get(name, 0) + 1
         return name if self._seen[name] == 1 else f"{name} {self._seen[name]}"
 
@@ -331,7 +342,8 @@ class Spoiler:
     Args:
         root: that names are relative to.
         fault: what goes wrong.
-        log: a line for each operation, such as "operations out/config.json: rename".
+        log: a line for each operation, such as "operations 1.5 out/config.json: rename", with the time of a counter
+            that all processes share.
     """
 
     def __init__(self, root: Path, fault: Fault, log: TextIO) -> None:
@@ -345,7 +357,8 @@ class Spoiler:
     def before(self, operation: Operation) -> int | None:
         names = self.reads if operation.kind == READ else self.operations
         names.append(self._names.name(operation))
-        self._log.write(f"{'reads' if names is self.reads else 'operations'} {names[-1]}\n")
+        kind = "reads" if names is self.reads else "operations"
+        self._log.write(f"{kind} {time.perf_counter()} {names[-1]}\n")
         if self._fault.of_reads == (operation.kind == READ) and not self._fault.after:
             return self._act(operation, names)
         return None

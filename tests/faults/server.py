@@ -7,13 +7,14 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,6 +23,13 @@ from .operations import Fault, Recorder, Spoiler, watched
 
 ROOT = Path(__file__).resolve().parents[2]
 _WAIT_SECONDS = 0.002
+# Whatever has not ended by then hangs, and is killed.
+_LONGEST_SECONDS = 300.0
+# Of processes that share work: small shards are cut, and the dead are not waited for long.
+_MIN_PIECE_BYTES = 24_000
+_HEARTBEAT_SECONDS = 0.02
+_GRACE_SECONDS = 2.0
+_JOIN_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -51,13 +59,22 @@ class Run:
 
 @dataclass(frozen=True)
 class Ended:
-    """How it ended: exit code or negative signal, what it said, the operations that it began, how long it took."""
+    """How it ended.
+
+    Attributes:
+        code: exit code or negative signal.
+        out, err: what it said.
+        operations, reads: that it began.
+        begun: seconds until the first operation.
+        seconds: that it took.
+    """
 
     code: int
     out: str
     err: str
     operations: list[str]
     reads: list[str]
+    begun: float
     seconds: float
 
 
@@ -121,23 +138,78 @@ def run_alone(run: Run) -> Ended:
         except subprocess.TimeoutExpired:
             process.kill()
             out, err = process.communicate()
-        return Ended(process.returncode, out, err, **_logged(log), seconds=time.perf_counter() - start)
+        return Ended(process.returncode, out, err, **_logged(log, start), seconds=time.perf_counter() - start)
 
 
-def _logged(log: Path) -> dict[str, list[str]]:
-    """Operations and reads, as far as a run noted them."""
-    lines = log.read_text().splitlines() if log.exists() else []
-    names: dict[str, list[str]] = {"operations": [], "reads": []}
-    for line in lines:
-        kind, _, name = line.partition(" ")
-        names[kind].append(name)
-    return names
+def _logged(log: Path, start: float) -> dict[str, Any]:
+    """Operations and reads, as far as a run that began at ``start`` noted them."""
+    lines = [line.split(" ", 2) for line in log.read_text().splitlines()] if log.exists() else []
+    names = {key: [name for kind, _, name in lines if kind == key] for key in ("operations", "reads")}
+    times = [float(at) for kind, at, _ in lines if kind == "operations"]
+    return {**names, "begun": min(times, default=start) - start}
 
 
-def _run_here(run: Run, log: Path) -> NoReturn:
-    """The command line in this process, spoiled as asked for."""
+class Turns:
+    """Units of work are dealt out in turn to processes that were forked from this one, until one of them ends.
+
+    All are at work then, and each does the same in every run. For fewer than 254 units each.
+
+    Args:
+        processes: how many.
+    """
+
+    _GONE = 255
+
+    def __init__(self, processes: int) -> None:
+        # A byte of each, in memory that all see: 0 before it has come, and then one more than it has taken.
+        self._taken = mmap.mmap(-1, processes)
+        self._processes = processes
+
+    def leave(self, rank: int) -> None:
+        """A process takes no more, or has ended."""
+        self._taken[rank] = self._GONE
+
+    def deal(self, rank: int) -> None:
+        """Let this process have its share once all have come, and no more."""
+        from pissa_hub.pipeline.shared import Shared
+
+        units = Shared.units
+
+        def in_turn(shared: Shared, count: int, needs: Mapping[int, Sequence[int]]) -> Iterator[int]:
+            offered = units(shared, count, needs)
+            self._taken[rank] = 1
+            try:
+                while True:
+                    while not self._may_take(rank, shared, count - len(needs)):
+                        time.sleep(_WAIT_SECONDS)
+                    if (unit := next(offered, None)) is None:
+                        return
+                    self._taken[rank] += 1
+                    yield unit
+            finally:
+                self.leave(rank)
+
+        setattr(Shared, "units", in_turn)  # noqa: B010
+
+    def _may_take(self, rank: int, shared: Any, at_once: int) -> bool:
+        """Whether it is this one's turn; what is made of other units is not dealt out before all of these are done."""
+        taken = list(self._taken[: self._processes])
+        if not min(taken) or taken.index(min(taken)) != rank:
+            return False
+        dealt = sum(taken) - self._processes
+        return dealt < at_once or self._GONE in taken or len(set(shared._store.names("done"))) >= at_once
+
+
+def _run_here(run: Run, log: Path, turns: Turns | None = None) -> NoReturn:
+    """The command line in this process, spoiled as asked for; with others if it is to take turns."""
     from pissa_hub.cli import main
+    from pissa_hub.pipeline import pieces, shared
 
+    if turns is not None:
+        pieces.MIN_PIECE_BYTES = _MIN_PIECE_BYTES
+        shared.HEARTBEAT_SECONDS, shared.GRACE_SECONDS = _HEARTBEAT_SECONDS, _GRACE_SECONDS
+        shared.JOIN_SECONDS = _JOIN_SECONDS
+        turns.deal(int(run.environment["RANK"]))
     # A kill leaves alone what is on its way to the disk.
     os.fsync = lambda fd: None
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -151,7 +223,7 @@ def _run_here(run: Run, log: Path) -> NoReturn:
             main(run.arguments)
 
 
-def _fork(run: Run, folder: Path) -> int:
+def _fork(run: Run, folder: Path, turns: Turns | None) -> int:
     """Start a run; returns its process, the first of a group."""
     process = os.fork()
     if process:
@@ -164,7 +236,7 @@ def _fork(run: Run, folder: Path) -> int:
             opened = os.open(name, os.O_RDWR)
             os.dup2(opened, descriptor)
             os.close(opened)
-        _run_here(run, folder / "log")
+        _run_here(run, folder / "log", turns)
     except SystemExit as stopped:
         code = int(stopped.code or 0)
     except BaseException:
@@ -183,9 +255,12 @@ def _serve(request: Mapping[str, Any]) -> list[dict[str, Any]]:
             folder.mkdir()
             for name in ("out", "err"):
                 (folder / name).touch()
+        turns = Turns(len(runs)) if "RANK" in runs[0].environment else None
         start = time.perf_counter()
-        alive = {_fork(run, folder): number for number, (run, folder) in enumerate(zip(runs, folders, strict=True))}
-        due = {process: start + (runs[number].kill_after or 1e9) for process, number in alive.items()}
+        alive = {
+            _fork(run, folder, turns): number for number, (run, folder) in enumerate(zip(runs, folders, strict=True))
+        }
+        due = {process: start + (runs[number].kill_after or _LONGEST_SECONDS) for process, number in alive.items()}
         ended: dict[int, tuple[int, float]] = {}
         while alive:
             for process in list(alive):
@@ -197,7 +272,10 @@ def _serve(request: Mapping[str, Any]) -> list[dict[str, Any]]:
                 _kill(process)  # with what it started, while its number is still its own
                 status = os.waitpid(process, 0)[1]
                 code = os.waitstatus_to_exitcode(status)
-                ended[alive.pop(process)] = code, time.perf_counter() - start
+                number = alive.pop(process)
+                ended[number] = code, time.perf_counter() - start
+                if turns is not None:
+                    turns.leave(number)
                 if code < 0:
                     due = {other: min(at, time.perf_counter() + request["grace"]) for other, at in due.items()}
             time.sleep(_WAIT_SECONDS)
@@ -207,7 +285,7 @@ def _serve(request: Mapping[str, Any]) -> list[dict[str, Any]]:
                     ended[number][0],
                     (folder / "out").read_text(),
                     (folder / "err").read_text(),
-                    **_logged(folder / "log"),
+                    **_logged(folder / "log", start),
                     seconds=ended[number][1],
                 )
             )
@@ -235,6 +313,8 @@ def main() -> None:
     if sys.argv[1].startswith("{"):
         table = json.loads(sys.argv[1])
         _run_here(_run_of(table["run"]), Path(table["log"]))
+    import torch.distributed  # noqa: F401
+
     import pissa_hub.adapter.convert
     import pissa_hub.adapter.merge
     import pissa_hub.adapter.restore
