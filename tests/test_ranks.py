@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pissa_hub.errors import PlanError
-from pissa_hub.ranks import Rank, find_rank
+from pissa_hub.ranks import Rank, find_rank, is_alone, is_heard, local_rank
 
 TORCHRUN = {
     "RANK": "3",
@@ -95,9 +95,50 @@ def test_one_process_is_alone(environment: dict[str, str]) -> None:
         ({"WORLD_SIZE": "many"}, "WORLD_SIZE='many'"),
         ({"WORLD_SIZE": ""}, "WORLD_SIZE=''"),
         ({"MASTER_PORT": "9" * 21}, "MASTER_PORT='9999"),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT 0 is no port; set one from 1 to 65535"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT 65536 is no port"),
         ({"MASTER_ADDR": ""}, "RANK is set, but MASTER_ADDR is not; start with torchrun"),
     ],
 )
 def test_variables_that_cannot_be(change: dict[str, str], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         find_rank({**TORCHRUN, **change})
+
+
+def test_what_is_left_over_in_the_environment_does_not_part_the_tasks_of_srun() -> None:
+    assert find_rank({**SRUN, "RANK": "", "WORLD_SIZE": "1"}) == find_rank(SRUN)
+
+
+def test_steps_of_other_jobs_meet_elsewhere() -> None:
+    steps = [
+        {"SLURM_JOB_ID": str(100 + 625 * job), "SLURM_STEP_ID": step} for job in range(4) for step in ("0", "batch")
+    ]
+    found = [find_rank({**SRUN, **step}) for step in steps]
+    assert len({rank.port for rank in found if rank}) == len(steps)
+
+
+@pytest.mark.parametrize(
+    ("environment", "position"),
+    [
+        ({}, 0),
+        ({"RANK": "3"}, 3),
+        ({"RANK": "11", "LOCAL_RANK": "3"}, 3),
+        ({"SLURM_PROCID": "11", "SLURM_LOCALID": "2"}, 2),
+        ({"LOCAL_RANK": "?"}, 0),
+    ],
+)
+def test_position_on_the_machine(environment: dict[str, str], position: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert local_rank() == position
+
+
+def test_who_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = []
+    for change in ({"RANK": "0"}, {"RANK": "1"}, {"RANK": "?"}, {"WORLD_SIZE": "1"}):
+        for name, value in {**TORCHRUN, **change}.items():
+            monkeypatch.setenv(name, value)
+        said.append((is_alone(), is_heard()))
+    assert said == [(False, True), (False, False), (True, True), (True, True)]

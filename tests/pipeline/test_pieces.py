@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from pissa_hub.checkpoint.source import read_checkpoint
 from pissa_hub.errors import ReadError
 from pissa_hub.pipeline.decompose import _Decomposition, plan_decomposition
 from pissa_hub.pipeline.destination import InPlace
 from pissa_hub.pipeline.pieces import Division, cut, divide, too_large
-from pissa_hub.pipeline.planned import span_of
+from pissa_hub.pipeline.planned import WholeShard, span_of
 from pissa_hub.pipeline.receipts import WorkFolder
 from pissa_hub.pipeline.schedule import Alone
 from pissa_hub.pipeline.settings import Settings
@@ -75,6 +77,18 @@ def test_pieces_are_the_shard(tiny_checkpoint: Factory, at_least: int) -> None:
         assert bounds[-1][1] == shard.source.header.file_size
         assert all(before[1] == after[0] for before, after in pairwise(bounds))
     assert len({piece.name for piece in pieces}) == len(pieces)
+
+
+@pytest.mark.parametrize("at_least", [1, 300, 1 << 20])
+@pytest.mark.parametrize("rows", [[0, 8, 0], [0, 0, 8, 8, 0, 0, 8, 0], [8, 0, 0, 0], [0, 0]])
+def test_no_piece_is_of_empty_tensors_alone(tmp_path: Path, rows: list[int], at_least: int) -> None:
+    tensors = {f"{number:02}": torch.arange(rows * 16.0).view(rows, 16) for number, rows in enumerate(rows)}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    (shard,) = read_checkpoint(tmp_path).shards
+    pieces = cut(WholeShard[Any](shard, shard.header, {}), at_least)
+    assert [entry.name for piece in pieces for entry in piece.entries] == sorted(tensors)
+    assert len(pieces) == 1 or all(span_of(piece) for piece in pieces)
+    assert len(pieces) <= max(sum(map(bool, rows)), 1)
 
 
 def test_only_what_would_keep_the_others_waiting_is_cut(tiny_checkpoint: Factory) -> None:

@@ -364,3 +364,26 @@ def test_source_that_is_replaced_under_the_run_is_noticed(
     assert outcome.carried_over > 0
     decompose(source, tmp_path / "fresh", rank=4)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00004.safetensors", "tokenizer.json"])
+def test_source_that_is_replaced_after_it_was_read_is_noticed(
+    tiny_checkpoint: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Its tokenizer belongs to its weights, and one process's shards to another one's."""
+    source = Path(shutil.copytree(small(tiny_checkpoint), tmp_path / "source"))
+    (source / "tokenizer.json").write_text("{}")
+    accept = WorkFolder.write
+
+    def replaced(work: WorkFolder, receipt: Receipt) -> None:
+        accept(work, receipt)
+        if receipt.shard == "model-00004-of-00004.safetensors":
+            shutil.copy(source / name, tmp_path / "copy")
+            (tmp_path / "copy").replace(source / name)
+
+    monkeypatch.setattr(WorkFolder, "write", replaced)
+    with pytest.raises(ReadError, match=f"{name} changed meanwhile; leave the source alone"):
+        decompose(source, tmp_path / "out", rank=4)
+    assert not (tmp_path / "out" / MANIFEST).exists()
+    monkeypatch.undo()
+    assert decompose(source, tmp_path / "out", rank=4).carried_over == SHARDS

@@ -31,6 +31,13 @@ def _short_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared, "POLL_SECONDS", 0.01)
 
 
+class Notes(Silent):
+    """Progress of which only the notes count."""
+
+    def __init__(self, notes: list[str]) -> None:
+        self.note = notes.append  # type: ignore[method-assign]
+
+
 class Crew:
     """Processes, as threads of this one.
 
@@ -38,6 +45,8 @@ class Crew:
         done: how often each unit was done.
         units_of: those that each rank was given.
         errors: what stopped a rank.
+        notes: that rank 0 has shown.
+        inherited: units that rank 0 knows to have been taken over.
     """
 
     def __init__(self, size: int, has_agent: bool = False) -> None:
@@ -51,6 +60,8 @@ class Crew:
         self.done: Counter[int] = Counter()
         self.units_of: dict[int, list[int]] = {rank: [] for rank in range(self.size)}
         self.errors: dict[int, BaseException] = {}
+        self.notes: list[str] = []
+        self.inherited: list[int] = []
         self._here, self._faulty_first = Barrier(self.size), Event()
 
     def shared(self, rank: int, progress: Any = None) -> Shared:
@@ -102,7 +113,7 @@ class Crew:
         at: int,
     ) -> None:
         try:
-            with self.shared(rank) as process:
+            with self.shared(rank, Notes(self.notes)) as process:
                 if rank == 0:
                     process.open({"threads": 1})
                 else:
@@ -123,6 +134,8 @@ class Crew:
                     process.check()
                 if rank:
                     process.wait_for_end()
+                else:
+                    self.inherited = process.inherited()
         except SystemExit:
             pass
         except BaseException as error:
@@ -197,6 +210,50 @@ def test_whoever_slept_too_long_finds_the_unit_taken() -> None:
     assert unit == crew.units_of[1][0]
     assert crew.done == Counter(range(10))
     assert not crew.errors
+
+
+@pytest.mark.parametrize("error", [RuntimeError("uncorrectable ECC error"), KeyboardInterrupt()])
+def test_what_stops_one_worker_does_not_stop_the_others(error: BaseException) -> None:
+    """Its device, or somebody who wants its machine: it leaves, and is not waited for."""
+
+    def stop(process: Shared) -> None:
+        raise error
+
+    crew = Crew(3)
+    crew.together(30, faulty=2, fault=stop, at=1)
+    assert crew.done == Counter(range(30))
+    assert crew.errors == {2: error}
+    told = ["rank 2 stopped (RuntimeError: uncorrectable ECC error); the others do its work"]
+    assert crew.notes == (told if isinstance(error, RuntimeError) else [])
+
+
+def test_notes_of_all_are_shown_by_rank_0() -> None:
+    def tell(process: Shared) -> None:
+        process.progress.note("one, with a comma")
+        process.progress.note("two")
+
+    crew = Crew(2)
+    crew.together(10, faulty=1, fault=tell)
+    assert crew.notes == ["one, with a comma", "two"]
+
+
+def test_units_that_were_taken_over_are_known() -> None:
+    crew = Crew(3)
+    crew.together(30, faulty=1, fault=die, at=2)
+    assert crew.inherited == crew.units_of[1][2:]
+
+
+def test_a_worker_of_an_earlier_round_stops() -> None:
+    """torchrun has started everybody anew but for it."""
+    crew = Crew(2, has_agent=True)
+
+    def begin_anew(process: Shared) -> None:
+        with suppress(PissaHubError), crew.shared(0):
+            while process._failure is None:
+                time.sleep(0.01)
+
+    crew.together(10, faulty=1, fault=begin_anew)
+    assert "another rank 0 has begun; leave it to that one" in str(crew.errors[1])
 
 
 @pytest.mark.parametrize("faulty", [0, 2])
