@@ -366,7 +366,7 @@ def _line(row: dict[str, Any]) -> str:
         f"{row['command']}, {row['processes']} x {row['start']}: "
         f"{row['steps']['struck']} of {row['steps']['points']} named steps and "
         f"{row['random']['struck']} of {row['random']['points']} random points struck, "
-        f"{row['steps']['equal']} and {row['random']['equal']} equal, {_sums(row)} in {row['seconds']:.0f} s"
+        f"{row['steps']['equal']} and {row['random']['equal']} equal, kills: {_sums(row)}, {row['seconds']:.0f} s"
     )
 
 
@@ -375,7 +375,9 @@ def _sums(row: dict[str, Any]) -> str:
     both = row["steps"], row["random"]
     ranks = map(sum, zip(*(figures["of rank"] for figures in both), strict=True))
     kills, pieces, joins = (sum(figures[key] for figures in both) for key in ("kills", "in pieces", "in joins"))
-    return f"{kills} kills (by rank {', '.join(map(str, ranks))}; {pieces} in pieces, {joins} in joins)"
+    if row["processes"] == 1:
+        return str(kills)
+    return f"{kills} (by rank {', '.join(map(str, ranks))}; {pieces} in pieces, {joins} in joins)"
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
@@ -389,8 +391,10 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
                 row["start"],
                 " + ".join(map(str, row["operations"])),
                 *(
-                    f"{row[key]['points']}, {row[key]['struck']} struck, {row[key]['equal']} equal"
-                    for key in ("steps", "random")
+                    f"{figures['points']}, {figures['struck']} struck, {figures['equal']} equal"
+                    if figures["points"]
+                    else "-"
+                    for figures in (row["steps"], row["random"])
                 ),
                 _sums(row),
             ]

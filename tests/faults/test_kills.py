@@ -81,8 +81,11 @@ def test_some_of_several_killed_at_some_points(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_killed_at_every_step_and_many_points(harness: Harness, reference: Reference, generator: random.Random) -> None:
-    named = [harness.strike(point, reference) for point in steps(reference)]
+def test_killed_at_every_or_every_fifth_step_and_many_points(
+    harness: Harness, reference: Reference, generator: random.Random
+) -> None:
+    every = 1 if len(reference.operations) == 1 else 5  # all of them take benchmarks.kills half an hour
+    named = [harness.strike(point, reference) for point in steps(reference)[::every]]
     drawn = [harness.attempt(points, reference) for points in islice(random_points(reference, generator), 50)]
     assert wrong(named + drawn) == []
     assert {kill.rank for result in drawn for kill in result.kills} == set(range(len(reference.operations)))
