@@ -39,12 +39,12 @@ def receipts_in(output: Path) -> set[str]:
     return {path.name.removesuffix(".receipt.json") for path in output.glob(".pissa/*.receipt.json")}
 
 
-def wait_until(is_so: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    """Wait for something that a process does; fails if it ends before."""
+def wait_until(is_so: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
+    """Wait, two minutes at least; fails if the process that is to do it ends before."""
     for _ in range(60_000):
         if is_so():
             return
-        assert process.poll() is None, process.communicate()
+        assert process is None or process.poll() is None or is_so(), process.communicate()
         time.sleep(0.002)
     raise AssertionError("it does not happen")
 

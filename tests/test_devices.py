@@ -16,6 +16,8 @@ from pissa_hub.progress import Silent
 from .conftest import SHARDED, Factory
 from .helpers import ADAPTER, files_of, tensors_of
 from .model.zoo import JUDGES_OWN_WARNINGS
+from .pipeline.processes import watched_here
+from .pipeline.watch import Watch
 
 pytestmark = [pytest.mark.gpu, *JUDGES_OWN_WARNINGS]
 DEVICE = "cuda"
@@ -82,11 +84,14 @@ def test_load_changes_weights_on_a_gpu_to_the_residuals_on_disk(
 
 
 def test_processes_on_gpus_give_the_bytes_of_one(tiny_checkpoint: Factory, tmp_path: Path) -> None:
-    """All on one GPU here; each takes another where there are several."""
+    """Both on one GPU, wherever there are several: those need not be alike, and then their factors differ."""
     source = tiny_checkpoint(shard_size=SHARDED)
     pissa_hub.decompose(source, tmp_path / "one", rank=4, device="cuda:0")
-    pissa_hub.decompose(source, tmp_path / "two", rank=4, devices="cuda:0,cuda:0")
+    with watched_here(Watch(tmp_path / "log")) as watch:
+        outcome = pissa_hub.decompose(source, tmp_path / "two", rank=4, devices="cuda:0,cuda:0")
     assert files_of(tmp_path / "two") == files_of(tmp_path / "one")
+    assert watch.ranks_at_work() == {0, 1}
+    assert not str(outcome.manifest.environment["device"]).startswith("cpu")
 
 
 def test_a_weight_that_the_gpu_has_no_room_for_is_done_on_the_cpu(tiny_checkpoint: Factory, tmp_path: Path) -> None:

@@ -127,17 +127,21 @@ def stream(
     pool = BufferPool(max(BUFFER_BUDGET, (workers + 1) * room))
     taken: SimpleQueue[PlannedShard[W]] = SimpleQueue()
     supply = open_supply(_names(shards, taken))
+
+    def close() -> None:
+        """Let nobody wait: for work or a place, for a shard to come, for a buffer."""
+        for part in (place, supply, pool):
+            part.close()
+
     with ExitStack() as cleanup:
         writers = cleanup.enter_context(_Writers[W](output, work, accept, place, progress))
-        sink: Sink[_Result[W]] = cleanup.enter_context(Sink(writers.consume, _QUEUED, on_failure=pool.close))
+        sink: Sink[_Result[W]] = cleanup.enter_context(Sink(writers.consume, _QUEUED, on_failure=close))
         cleanup.enter_context(exact_fp32())
         team = cleanup.enter_context(Team(workers, equip))
         # The reader hands out the work, so that results are taken even while it waits for buffers.
         items = _hand_out(_read(taken, supply, pool), team, progress)
         results = cleanup.enter_context(Prefetch(items, 2 * workers + _QUEUED))
-        cleanup.callback(pool.close)
-        cleanup.callback(supply.close)
-        cleanup.callback(place.close)
+        cleanup.callback(close)
         try:
             for result in results:
                 sink.put(result.result())
