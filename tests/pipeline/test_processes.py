@@ -12,7 +12,7 @@ import pytest
 
 from pissa_hub import decompose
 from pissa_hub.errors import OutputError
-from pissa_hub.pipeline import pieces
+from pissa_hub.pipeline import pieces, shared
 from pissa_hub.pipeline.decompose import plan_decomposition
 from pissa_hub.pipeline.settings import Settings
 from pissa_hub.pipeline.share import Share
@@ -39,6 +39,7 @@ def test_full_disk_ends_the_wait_for_the_last_piece(
 ) -> None:
     """The reader has nothing left to read and waits for the very piece that cannot be written, to join it."""
     monkeypatch.setattr(pieces, "MIN_PIECE_BYTES", 20_000)
+    monkeypatch.setattr(shared, "GRACE_SECONDS", 1.0)  # for the one that never comes
     source, output = tiny_checkpoint(), tmp_path / "out"
     (shard,) = plan_decomposition(source, Settings(rank=4)).shards
     *others, last = sorted(pieces.cut(shard, 20_000), key=lambda piece: -pieces.bytes_read(piece))
