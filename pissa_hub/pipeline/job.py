@@ -24,7 +24,7 @@ from pissa_hub.errors import (
     ReadError,
     VerificationError,
 )
-from pissa_hub.pipeline import pieces
+from pissa_hub.pipeline import pieces, shared
 from pissa_hub.pipeline.destination import Destination, InPlace
 from pissa_hub.pipeline.helpers import Helpers
 from pissa_hub.pipeline.output import check_free, check_outside, check_space, remove_output, remove_partials
@@ -34,7 +34,7 @@ from pissa_hub.pipeline.planned import PlannedWeight
 from pissa_hub.pipeline.receipts import Receipt, WorkFolder
 from pissa_hub.pipeline.schedule import Alone
 from pissa_hub.pipeline.share import Share, Workload, is_there
-from pissa_hub.pipeline.shared import GRACE_SECONDS, JOIN_SECONDS, Shared
+from pissa_hub.pipeline.shared import Shared
 from pissa_hub.progress import Progress, Silent
 from pissa_hub.ranks import Rank, find_rank
 
@@ -135,18 +135,19 @@ def carry_out(
             return _lead(job, output, progress, schedule)
     if len(devices) > 1:
         raise PlanError("each of several processes has one device", "leave --devices to a run without torchrun or srun")
-    shared = _meet(job, output, rank, progress)
-    if shared is None:
+    meeting = _meet(job, output, rank, progress)
+    if meeting is None:
         return Done(job.recognise(output), True, 0)
-    with shared as schedule:
+    with meeting as schedule:
         return _lead(job, output, progress, schedule) if rank.leads else _follow(job, output, schedule)
 
 
 def _meet(job: Job[W, R], output: Path, rank: Rank, progress: Progress) -> Shared | None:
     """The schedule of several processes; None if this one comes so late that the folder is finished and rank 0 gone."""
     is_finished = not rank.leads and (output / job.marker).exists()
+    wait = shared.GRACE_SECONDS if is_finished else shared.JOIN_SECONDS
     try:
-        return Shared.by_environment(rank, job.digest, progress, GRACE_SECONDS if is_finished else JOIN_SECONDS)
+        return Shared.by_environment(rank, job.digest, progress, wait)
     except PeerError:
         if is_finished:
             return None
