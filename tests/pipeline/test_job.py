@@ -41,8 +41,7 @@ def become(monkeypatch: pytest.MonkeyPatch, rank: int, port: int) -> None:
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     for owner, name, seconds in (
         (shared, "GRACE_SECONDS", 0.5),
-        (job, "GRACE_SECONDS", 0.5),
-        (job, "JOIN_SECONDS", 0.5),
+        (shared, "JOIN_SECONDS", 0.5),
         (job, "_LAG_SECONDS", 0.5),
     ):
         monkeypatch.setattr(owner, name, seconds)
