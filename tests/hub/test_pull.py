@@ -18,6 +18,7 @@ from pissa_hub.checkpoint.header import read_header
 from ..conftest import Factory
 from ..helpers import ADAPTER, files_of, manifest_of
 from ..loopback.server import LoopbackHub
+from ..pipeline.watch import Watch
 from .pulling import REPO, SETTINGS, Client, Hubs, assert_same_but_source, shard_requests, shards_of
 
 
@@ -66,7 +67,10 @@ def test_same_bytes_as_from_a_folder(client: Client, hub: LoopbackHub, local: Pa
 def test_several_processes_pull(client: Client, local: Path, tmp_path: Path, keep: str) -> None:
     """Each its own shards; which comes next may not be known before the last is done."""
     command = ("decompose", REPO, "-o", tmp_path / "out", *SETTINGS, "--keep-source", keep, "--devices", "cpu,cpu")
-    client.run(*command)
+    watch = Watch(tmp_path / "log")
+    (ran,) = client.run_all(command, **watch.environment())
+    assert ran.code == 0, ran
+    assert watch.ranks_at_work() == {0, 1}
     assert_same_but_source(tmp_path / "out", local)
 
 
