@@ -101,7 +101,8 @@ def is_heard() -> bool:
 
 def local_rank() -> int:
     """Position among the processes on this machine, as far as it is said; 0 if it is not."""
-    names = ("LOCAL_RANK", "RANK", "SLURM_LOCALID")
+    # A RANK that stands alone may be anybody's variable.
+    names = ("LOCAL_RANK", "SLURM_LOCALID") if is_alone() else ("LOCAL_RANK", "RANK", "SLURM_LOCALID")
     value = next((value for name in names if (value := os.environ.get(name))), "")
     return int(value) if value.isascii() and value.isdecimal() else 0
 

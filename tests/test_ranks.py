@@ -121,14 +121,15 @@ def test_steps_of_other_jobs_meet_elsewhere() -> None:
     ("environment", "position"),
     [
         ({}, 0),
-        ({"RANK": "3"}, 3),
+        ({"RANK": "12"}, 0),
+        ({"RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}, 3),
         ({"RANK": "11", "LOCAL_RANK": "3"}, 3),
         ({"SLURM_PROCID": "11", "SLURM_LOCALID": "2"}, 2),
         ({"LOCAL_RANK": "?"}, 0),
     ],
 )
 def test_position_on_the_machine(environment: dict[str, str], position: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "LOCAL_RANK", "SLURM_LOCALID"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_LOCALID"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
