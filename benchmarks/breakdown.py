@@ -24,13 +24,13 @@ STARTED = perf_counter()
 
 import torch  # noqa: E402  (its import is part of the start-up that is measured)
 
-from benchmarks.processes import CACHE  # noqa: E402
-from benchmarks.results import machine, markdown_table, save, versions  # noqa: E402
-from pissa_hub.checkpoint import writer  # noqa: E402
-from pissa_hub.checkpoint.reader import ShardReader  # noqa: E402
-from pissa_hub.factorization.precision import exact_fp32  # noqa: E402
-from pissa_hub.pipeline import decompose, device, share, workers  # noqa: E402
-from pissa_hub.pipeline.settings import Settings  # noqa: E402
+from benchmarks.processes import CACHE  # noqa: E402  # after the clock was started
+from benchmarks.results import machine, markdown_table, save, versions  # noqa: E402  # after the clock was started
+from pissa_hub.checkpoint import writer  # noqa: E402  # after the clock was started
+from pissa_hub.checkpoint.reader import ShardReader  # noqa: E402  # after the clock was started
+from pissa_hub.factorization.precision import exact_fp32  # noqa: E402  # after the clock was started
+from pissa_hub.pipeline import decompose, device, share, workers  # noqa: E402  # after the clock was started
+from pissa_hub.pipeline.settings import Settings  # noqa: E402  # after the clock was started
 
 
 class Stopwatch:

@@ -48,7 +48,7 @@ def run(module: str, *arguments: str | Path) -> Measured:
         )
         try:
             _, status, usage = os.wait4(process.pid, 0)
-        except BaseException:
+        except BaseException:  # an interrupt, too, leaves no process
             process.kill()
             process.wait()
             raise

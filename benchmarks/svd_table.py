@@ -114,7 +114,7 @@ def measure(
         is_full = method is full_svd
         for _ in range(1 if is_full else repeat + 1):
             result: list[Factors] = []
-            times.append(seconds(lambda: result.append(method(weight, rank)), weight.device))  # noqa: B023
+            times.append(seconds(lambda: result.append(method(weight, rank)), weight.device))  # noqa: B023  # called before the loop goes on
         factors = result[0]
         errors = factor_errors(weight, factors.U.double() * factors.s.to(weight.device), factors.Vt, sigma)
         certified = factors.certified or (None, None)

@@ -113,8 +113,8 @@ def test_the_recipe_decides_names(tmp_path: Path) -> None:
     name = "Llama-3.1-8B-pissa-r16"
     assert variables == ["RANK=16", "MODEL=meta-llama/Llama-3.1-8B", f"NAME={name}", f"OUTPUT={tmp_path / name}"]
     (tmp_path / "env").unlink()
-    _, variables = read_recipe(tmp_path, RECIPE="llama-3.1-8b", RANK="8", PISSA_WORK="/work")
-    assert variables[-1] == "OUTPUT=/work/Llama-3.1-8B-pissa-r8"
+    _, variables = read_recipe(tmp_path, RECIPE="llama-3.1-8b", RANK="8", PISSA_WORK="/data")
+    assert variables[-1] == "OUTPUT=/data/Llama-3.1-8B-pissa-r8"
 
 
 @pytest.mark.parametrize(

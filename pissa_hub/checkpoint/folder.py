@@ -38,7 +38,7 @@ def folder_that_appears_whole(output: Path) -> Iterator[Path]:
                 raise OutputError(error.fact.replace(str(partial_folder), str(output)), error.remedy) from error
             finally:
                 shutil.rmtree(partial_folder, ignore_errors=True)
-    except BaseException:
+    except BaseException:  # an interrupt, too, leaves no folder
         for folder in absent:
             with suppress(OSError):  # somebody else's files in it
                 folder.rmdir()

@@ -82,7 +82,7 @@ def _acquire(path: Path, guarded: Path) -> int:
             if _is_at(descriptor, path):
                 _sign(descriptor)
                 return descriptor
-        except BaseException:
+        except BaseException:  # an interrupt, too, leaves no open file
             os.close(descriptor)
             raise
         os.close(descriptor)

@@ -146,7 +146,7 @@ class ShardWriter:
         self._partial = _Partial(path)
         try:
             self._partial.reserve(header.file_size)
-        except BaseException:
+        except BaseException:  # an interrupt, too, leaves no partial file
             self._partial.abort()
             raise
 

@@ -106,7 +106,7 @@ class _Download(Thread):
             self._path = self._repository.cached(name) or self._repository.fetch(
                 name, self.folder, _bar_that_stops(self._stopped), self._stopped.wait
             )
-        except BaseException as error:
+        except BaseException as error:  # raised again by result()
             self._error = error
 
 

@@ -181,7 +181,7 @@ class _Upload(Thread):
     def run(self) -> None:
         try:
             self._send()
-        except BaseException as error:
+        except BaseException as error:  # raised again where the work waits
             self.error = error
 
 

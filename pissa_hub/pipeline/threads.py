@@ -95,7 +95,7 @@ class Prefetch(Generic[T]):
                 self._items.close()
         except _StoppedError:
             pass
-        except BaseException as error:
+        except BaseException as error:  # raised again by the consumer
             with suppress(_StoppedError):
                 self._channel.put(error)
 
@@ -160,7 +160,7 @@ class Sink(Generic[T]):
                     return
         except _StoppedError:
             pass
-        except BaseException as error:
+        except BaseException as error:  # raised again by put() or finish()
             self._error = error
             self._channel.stopped.set()
             self._on_failure()

@@ -234,7 +234,7 @@ def test_files_and_folder_are_synced_around_the_rename(tmp_path: Path, monkeypat
     fsync, replace = os.fsync, Path.replace
 
     def noted_fsync(descriptor: int) -> None:
-        events.append("folder" if os.path.isdir(f"/proc/self/fd/{descriptor}") else "file")  # noqa: PTH112
+        events.append("folder" if os.path.isdir(f"/proc/self/fd/{descriptor}") else "file")  # noqa: PTH112  # of an open file
         fsync(descriptor)
 
     def noted_replace(self: Path, target: Path) -> Path:

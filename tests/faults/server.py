@@ -189,7 +189,7 @@ class Turns:
             finally:
                 self.leave(rank)
 
-        setattr(Shared, "units", in_turn)  # noqa: B010
+        setattr(Shared, "units", in_turn)  # noqa: B010  # mypy guards the class's own method
 
     def _may_take(self, rank: int, shared: Any, at_once: int) -> bool:
         """Whether it is this one's turn; what is made of other units is not dealt out before all of these are done."""
@@ -239,7 +239,7 @@ def _fork(run: Run, folder: Path, turns: Turns | None) -> int:
         _run_here(run, folder / "log", turns)
     except SystemExit as stopped:
         code = int(stopped.code or 0)
-    except BaseException:
+    except BaseException:  # printed, and told by the exit code
         sys.excepthook(*sys.exc_info())
     finally:
         sys.stdout.flush()
@@ -313,12 +313,12 @@ def main() -> None:
     if sys.argv[1].startswith("{"):
         table = json.loads(sys.argv[1])
         _run_here(_run_of(table["run"]), Path(table["log"]))
-    import torch.distributed  # noqa: F401
+    import torch.distributed  # noqa: F401  # its import would count as the run's own
 
     import pissa_hub.adapter.convert
     import pissa_hub.adapter.merge
     import pissa_hub.adapter.restore
-    import pissa_hub.report  # noqa: F401
+    import pissa_hub.report  # noqa: F401  # imported once for all that are forked
     from pissa_hub.pipeline.decompose import plan_decomposition
     from pissa_hub.pipeline.settings import Settings
 

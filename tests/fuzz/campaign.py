@@ -173,7 +173,7 @@ def main(name: str, folder: Path, runs: int, seconds: float, seed: int) -> None:
 def _instrumented_target(name: str, world: Path) -> Target:
     # What the parsers import is imported before, uninstrumented.
     import atheris
-    import torch  # noqa: F401
+    import torch  # noqa: F401  # before all that is instrumented
 
     with atheris.instrument_imports(include=list(PARSERS)):
         return _target(name, world)

@@ -108,7 +108,10 @@ def _edited(part: bytes, random: Random, odd: Odd) -> bytes:
 
 def _parsed(part: bytes) -> list[Any]:
     """The value in a list, so that it can be replaced itself."""
-    pairs = lambda found: _Pairs([list(pair) for pair in found])  # noqa: E731
+
+    def pairs(found: list[tuple[str, Any]]) -> _Pairs:
+        return _Pairs([list(pair) for pair in found])
+
     return [
         json.loads(part, object_pairs_hook=pairs, parse_int=_Text, parse_float=_Text, parse_constant=_Text),
     ]

@@ -191,7 +191,7 @@ class _Handler(BaseHTTPRequestHandler):
             return Answer.refusal(error)
         except ConnectionCutError:
             raise
-        except Exception as error:
+        except Exception as error:  # a server answers whatever happens; the test sees it
             return Answer.of({"error": f"{type(error).__name__}: {error}"}, 500)
 
     def _faulty(self, fault: Fault | None) -> Answer | None:

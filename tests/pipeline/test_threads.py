@@ -27,7 +27,7 @@ def in_time(action: Callable[[], Any]) -> Any:
     def run() -> None:
         try:
             results.append(action())
-        except BaseException as error:
+        except BaseException as error:  # raised again below
             errors.append(error)
 
     thread = threading.Thread(target=run, daemon=True)
