@@ -300,6 +300,25 @@ def test_processes_that_are_started_anew_find_each_other() -> None:
     assert not crew.errors
 
 
+def test_who_is_started_anew_before_rank_0_waits_for_it() -> None:
+    """What it finds meanwhile is the failure of the rank 0 before."""
+    crew = Crew(2, has_agent=True)
+    with suppress(PissaHubError), crew.shared(0):
+        raise PissaHubError("no room", "make some")
+
+    def join() -> Mapping[str, Any] | None:
+        with crew.shared(1) as other:
+            return other.join()
+
+    with ThreadPoolExecutor(1) as pool:
+        joining = pool.submit(join)
+        with pytest.raises(TimeoutError):
+            joining.result(2 * shared.GRACE_SECONDS)
+        with crew.shared(0) as leader:
+            leader.open({"threads": 1})
+            assert joining.result(60) == {"threads": 1}
+
+
 def test_nobody_waits_for_ever_for_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared, "JOIN_SECONDS", 0.2)
     message = "rank 0 has not begun; give every rank the same command"
